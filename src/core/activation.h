@@ -1,0 +1,103 @@
+// Activations, value and derivative, shared by the CPU and the GPU. fp32 on the GPU; the CPU's specification also runs fp64.
+#pragma once
+#include <cmath>
+
+#include "types.h"
+
+#ifdef __CUDACC__
+#define MACHMOE_HD __host__ __device__ __forceinline__
+#else
+#define MACHMOE_HD inline
+#endif
+
+namespace machmoe {
+
+// A and its derivatives by gate and up at one element. Plain activations read and differentiate `up` alone.
+template <class F> struct ActivationGrad { F a, d_gate, d_up; };
+
+template <class F> MACHMOE_HD F sigmoid(F x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.f, 1.f + __expf(-x));
+#else
+  return F(1) / (F(1) + std::exp(-x));
+#endif
+}
+
+template <class F> MACHMOE_HD F gelu_tanh(F x, F& derivative) {
+  const F c = F(0.7978845608028654), cubic = F(0.044715);   // sqrt(2 / pi)
+  const F t = std::tanh(c * (x + cubic * x * x * x));
+  derivative = F(0.5) * (F(1) + t) + F(0.5) * x * (F(1) - t * t) * c * (F(1) + F(3) * cubic * x * x);
+  return F(0.5) * x * (F(1) + t);
+}
+
+template <class F> MACHMOE_HD F gelu_erf(F x, F& derivative) {
+  const F cdf = F(0.5) * (F(1) + std::erf(x * F(0.7071067811865476)));
+  derivative = cdf + x * F(0.3989422804014327) * std::exp(F(-0.5) * x * x);
+  return x * cdf;
+}
+
+template <class F> MACHMOE_HD F silu(F x, F& derivative) {
+  const F s = sigmoid(x);
+  derivative = s * (F(1) + x * (F(1) - s));
+  return x * s;
+}
+
+// The compiler drops the derivative where only .a is used; K is a compile-time constant on the GPU.
+template <ActivationKind K, class F> MACHMOE_HD ActivationGrad<F> activate(F gate, F up, F alpha, F limit) {
+  F d = 0;
+  if constexpr (K == ActivationKind::SwiGLU || K == ActivationKind::SwiGLUOai) {
+    F gate_slope = 1, up_slope = 1;
+    if (limit > 0) {
+      if (gate > limit) { gate = limit; gate_slope = 0; }
+      if (up > limit) { up = limit; up_slope = 0; }
+      if (up < -limit) { up = -limit; up_slope = 0; }
+    }
+    if constexpr (K == ActivationKind::SwiGLU) {
+      const F v = silu(gate, d);
+      return {v * up, d * up * gate_slope, v * up_slope};
+    } else {
+      const F s = sigmoid(alpha * gate), v = gate * s;
+      d = s * (F(1) + alpha * gate * (F(1) - s));
+      return {v * (up + 1), d * (up + 1) * gate_slope, v * up_slope};
+    }
+  } else if constexpr (K == ActivationKind::GeGLU) {
+    const F v = gelu_tanh(gate, d);
+    return {v * up, d * up, v};
+  } else if constexpr (K == ActivationKind::ReGLU) {
+    const F v = gate > 0 ? gate : F(0);
+    return {v * up, gate > 0 ? up : F(0), v};
+  } else if constexpr (K == ActivationKind::ReLU2) {
+    const F v = up > 0 ? up : F(0);
+    return {v * v, 0, 2 * v};
+  } else if constexpr (K == ActivationKind::ReLU) {
+    return {up > 0 ? up : F(0), 0, up > 0 ? F(1) : F(0)};
+  } else if constexpr (K == ActivationKind::GELU) {
+    const F v = gelu_tanh(up, d);
+    return {v, 0, d};
+  } else if constexpr (K == ActivationKind::GELUErf) {
+    const F v = gelu_erf(up, d);
+    return {v, 0, d};
+  } else {
+    const F v = silu(up, d);
+    return {v, 0, d};
+  }
+}
+
+// Calls f with the activation as a compile-time constant: f(ActivationTag<K>()).
+template <ActivationKind K> struct ActivationTag { static constexpr ActivationKind kind = K; };
+template <class Fn> auto dispatch_activation(ActivationKind kind, Fn&& f) {
+  switch (kind) {
+    case ActivationKind::SwiGLU: return f(ActivationTag<ActivationKind::SwiGLU>());
+    case ActivationKind::SwiGLUOai: return f(ActivationTag<ActivationKind::SwiGLUOai>());
+    case ActivationKind::GeGLU: return f(ActivationTag<ActivationKind::GeGLU>());
+    case ActivationKind::ReGLU: return f(ActivationTag<ActivationKind::ReGLU>());
+    case ActivationKind::ReLU2: return f(ActivationTag<ActivationKind::ReLU2>());
+    case ActivationKind::ReLU: return f(ActivationTag<ActivationKind::ReLU>());
+    case ActivationKind::GELU: return f(ActivationTag<ActivationKind::GELU>());
+    case ActivationKind::GELUErf: return f(ActivationTag<ActivationKind::GELUErf>());
+    case ActivationKind::SiLU: break;
+  }
+  return f(ActivationTag<ActivationKind::SiLU>());
+}
+
+}  // namespace machmoe

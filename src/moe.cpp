@@ -1,0 +1,137 @@
+#include "moe.h"
+
+#include "core/check.h"
+#include "core/workspace.h"
+
+namespace machmoe {
+namespace {
+
+// A row buffer with kSlackRows mapped rows before it.
+void* take_with_slack(Workspace& ws, int64_t rows, size_t pitch) {
+  auto* base = static_cast<uint8_t*>(ws.take(static_cast<size_t>(rows + kSlackRows) * pitch));
+  return base ? base + static_cast<size_t>(kSlackRows) * pitch : nullptr;
+}
+
+struct ForwardBuffers {
+  void *a, *y;   // [R_cap, n], [R_cap, d]
+};
+ForwardBuffers book_forward(const Shape& s, Workspace& ws) {
+  const size_t row = static_cast<size_t>(s.R_cap) * size_of(s.dtype);
+  void* a = ws.take(row * s.n);
+  void* y = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);   // Rows: Y is the output
+  return {a, y};
+}
+
+struct BackwardBuffers {
+  void* ds_parts;        // [parts][R_cap]
+  void *dh, *a_prime;    // [R_cap, planes, n], [R_cap, n]
+  void* dx_rows;         // [R_cap, d]
+  void* h;               // recompute only
+};
+BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, Workspace& ws) {
+  const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
+  BackwardBuffers buf{};
+  buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
+  buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
+  buf.a_prime = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.n) * element);
+  buf.dx_rows = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);
+  buf.h = recompute ? ws.take(row * s.planes() * s.n) : nullptr;
+  return buf;
+}
+
+}  // namespace
+
+size_t forward_workspace(const Backend&, const Shape& s) {
+  Workspace ws;
+  book_forward(s, ws);
+  return ws.used();
+}
+
+void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
+  b.check_shape(p.shape);
+  Workspace ws(p.workspace);
+  const ForwardBuffers buf = book_forward(p.shape, ws);
+  const bool rows = p.shape.kind == RoutingKind::Rows;
+  void* y = rows ? p.o : buf.y;
+
+  const Weights& w = p.weights;
+  b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, p.h, buf.a}, stream);
+  b.down_proj({p.shape, p.routing, buf.a, w.w2, w.b2, y}, stream);
+  if (!rows) b.aggregate({p.shape, p.routing, y, true, w.b2, p.addend, p.o, {}}, stream);
+}
+
+size_t backward_workspace(const Backend& b, const Shape& s, bool recompute) {
+  Workspace ws;
+  book_backward(b, s, recompute, ws);
+  return ws.used();
+}
+
+const void* backward_ds_parts(const Backend& b, const Shape& s, bool recompute, void* workspace) {
+  Workspace ws(workspace);
+  return book_backward(b, s, recompute, ws).ds_parts;
+}
+
+void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
+  b.check_shape(p.shape);
+  Workspace ws(p.workspace);
+  const bool recompute = p.h == nullptr;
+  const BackwardBuffers buf = book_backward(b, p.shape, recompute, ws);
+  const Weights& w = p.weights;
+  const WeightGrads& g = p.grads;
+  const bool rows = p.shape.kind == RoutingKind::Rows;
+
+  if (p.phases & kPhaseActivation) {
+    const void* h = p.h;
+    if (recompute) {
+      b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, buf.h, nullptr}, stream);
+      h = buf.h;
+    }
+    b.down_proj_bwd({p.shape, p.routing, p.d_o, w.w2, w.b2, h, buf.dh, buf.a_prime, buf.ds_parts}, stream);
+  }
+  if ((p.phases & kPhaseWeight) && g.dw2.base)
+    b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate}, stream);
+  void* dx_rows = rows ? p.dx : buf.dx_rows;
+  if ((p.phases & kPhaseInput) && p.dx) b.up_proj_bwd({p.shape, p.routing, buf.dh, w.w1_gate, w.w1_up, dx_rows}, stream);
+  if (p.phases & kPhaseWeight) {
+    if (g.dw1_up.base)
+      b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate}, stream);
+    if (g.db1_up.base || g.db2.base)
+      b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
+  }
+  if (p.phases & kPhaseInput) {
+    const ScoreGradArgs score{p.shape, p.routing, buf.ds_parts, b.ds_parts(p.shape), p.dscore, p.dscore_dtype};
+    if (p.dx && !rows)
+      b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx, score}, stream);
+    else if (p.dscore)
+      b.score_grad(score, stream);
+  }
+}
+
+namespace {
+Routing book_routing(const Backend& b, const Shape& s, bool with_expert, Workspace& ws) {
+  Routing r;
+  r.counts = ws.take<int32_t>(s.E);
+  r.offsets = ws.take<int32_t>(s.E + 1);
+  if (const int64_t bytes = b.tiles_bytes(s)) r.tiles = static_cast<int32_t*>(ws.take(static_cast<size_t>(bytes)));
+  if (s.kind == RoutingKind::Rows) return r;
+  r.token = ws.take<int32_t>(s.R_cap);
+  r.score = ws.take(static_cast<size_t>(s.R_cap) * size_of(s.accum()));
+  r.inverse = ws.take<int32_t>(s.R_cap);
+  if (s.kind == RoutingKind::Lists) r.token_offsets = ws.take<int32_t>(s.T + 1);
+  if (with_expert) r.expert = ws.take<int32_t>(s.R_cap);
+  return r;
+}
+}  // namespace
+
+size_t routing_bytes(const Backend& b, const Shape& s, bool with_expert) {
+  Workspace ws;
+  book_routing(b, s, with_expert, ws);
+  return ws.used();
+}
+
+Routing carve_routing(const Backend& b, const Shape& s, bool with_expert, void* buffer) {
+  Workspace ws(buffer);
+  return book_routing(b, s, with_expert, ws);
+}
+
+}  // namespace machmoe
