@@ -8,7 +8,6 @@
 #include <exception>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 namespace machmoe::cpu {
 namespace {
@@ -19,20 +18,15 @@ thread_local bool t_inside = false;
 // One parallel_for at a time. Workers wait for a new epoch; those beyond the current thread count sleep on.
 class Pool {
  public:
-  ~Pool() {
-    { std::lock_guard lock(mutex_); stop_ = true; }
-    wake_.notify_all();
-    for (std::thread& t : workers_) t.join();
-  }
-
   // False: the pool serves another thread.
   bool run(int64_t count, int helpers, detail::Body body, void* context) {
     std::unique_lock use(in_use_, std::try_to_lock);
     if (!use.owns_lock()) return false;
     {
       std::lock_guard lock(mutex_);
-      while (static_cast<int>(workers_.size()) < helpers) {
-        workers_.emplace_back([this, rank = static_cast<int>(workers_.size()), seen = epoch_] { serve(rank, seen); });
+      while (workers_ < helpers) {
+        std::thread([this, rank = workers_, seen = epoch_] { serve(rank, seen); }).detach();
+        ++workers_;
       }
       body_ = body;
       context_ = context;
@@ -54,8 +48,7 @@ class Pool {
   void serve(int rank, uint64_t seen) {
     std::unique_lock lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return stop_ || epoch_ != seen; });
-      if (stop_) return;
+      wake_.wait(lock, [&] { return epoch_ != seen; });
       seen = epoch_;
       if (rank >= helpers_) continue;
       lock.unlock();
@@ -81,24 +74,22 @@ class Pool {
 
   std::mutex in_use_, mutex_;
   std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
+  int workers_ = 0;
   detail::Body body_ = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   int helpers_ = 0, pending_ = 0;
   uint64_t epoch_ = 0;
-  bool stop_ = false;
   std::exception_ptr error_;
 };
 
-// Threads do not survive fork(): a child starts with a pool of its own, and the parent's is left where it is.
+// Never destroyed: workers sleep on it until the process ends. Threads do not survive fork(), so a child starts with a pool of its own.
 Pool* g_pool = nullptr;
 Pool& pool() {
   static std::once_flag once;
   std::call_once(once, [] {
-    static Pool first;
-    g_pool = &first;
+    g_pool = new Pool;
     pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
   });
   return *g_pool;
