@@ -29,6 +29,9 @@ struct Backend {
   void (*weight_grad_w1)(const WeightGradW1Args&, Stream);         // dW1
   void (*bias_grad)(const BiasGradArgs&, Stream);
   void (*score_grad)(const ScoreGradArgs&, Stream);
+
+  size_t (*token_round_scratch)(const Shape&);                     // bytes for token_round
+  void (*token_round)(const TokenRoundArgs&, Stream);
 };
 
 const Backend& cpu_backend();

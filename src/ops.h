@@ -2,6 +2,7 @@
 // R = sum(counts) rows are valid and grouped by expert; buffers hold R_cap. Tensors are row-major and contiguous unless a view says otherwise.
 // dtype = Shape::dtype, accum = Shape::accum() (fp32; fp64 with fp64 data). validate() throws Error and reads no device memory.
 #pragma once
+#include "core/token_rounding.h"
 #include "core/types.h"
 
 namespace machmoe {
@@ -78,6 +79,21 @@ struct TopkBackwardArgs {
   const int32_t* inverse; int64_t R_cap;        // [T K] slot -> row, -1 dropped
   const void* daux;                             // [1] fp32 (fp64) on the device; null: no gradient from the load-balance loss
   void* dlogits;                                // [T, E] logits_dtype
+};
+
+// ---- token rounding ----------------------------------------------------------------------------------------------------------
+// Top-K of the scores, then every expert's rows rounded to a multiple of the tile: the lowest-scoring pairs dropped, or the
+// best-scoring tokens that had not chosen it added. Ties go to the lower expert id (top-K) and the lower token id (selection).
+// T < tile: plain top-K. Writes a complete Lists routing.
+struct TokenRoundArgs {
+  Shape shape;                                  // kind Lists, R_cap = rounded_capacity()
+  int64_t K, tile;
+  RoundingRule rule;
+  bool renormalize;                             // scores divided by their sum over the kept pairs of the token
+  uint64_t seed;                                // SrF, NrS
+  const float* scores;                          // [T, E] in [0, 1]
+  Routing out;                                  // every member, expert included
+  void* scratch;                                // Backend::token_round_scratch(shape)
 };
 
 // ---- experts ------------------------------------------------------------------------------------------------------------------
@@ -172,6 +188,7 @@ void validate(const Shape&);
 void validate(const IndexTopkArgs&);
 void validate(const IndexListsArgs&);
 void validate(const IndexRowsArgs&);
+void validate(const TokenRoundArgs&);
 void validate(const TopkArgs&);
 void validate(const TopkBackwardArgs&);
 void validate(const UpProjArgs&);
