@@ -34,6 +34,16 @@ struct Backend {
   void (*token_round)(const TokenRoundArgs&, Stream);
 };
 
+// An op of a table: arguments are checked on the way into the backend.
+template <auto op> struct Checked;
+template <class Args, void (*op)(const Args&, Stream)> struct Checked<op> {
+  static void call(const Args& args, Stream stream) {
+    validate(args);
+    op(args, stream);
+  }
+};
+template <auto op> constexpr auto checked = &Checked<op>::call;
+
 const Backend& cpu_backend();
 const Backend* cuda_backend();                                     // null: built without CUDA, or no usable GPU
 const char* cuda_unavailable_reason();                             // one sentence, "" when cuda_backend() is not null

@@ -1,0 +1,37 @@
+// The table of the CPU backend.
+#include "backend.h"
+#include "cpu/experts.h"
+#include "cpu/router.h"
+#include "cpu/routing.h"
+#include "cpu/token_rounding.h"
+
+namespace machmoe {
+const Backend& cpu_backend() {
+  static constexpr Backend table = {
+      .name = "cpu",
+      .index_scratch = [](const Shape& s) { return cpu::index_scratch(s); },
+      .topk_scratch = [](int64_t T, int64_t E, int64_t K) { return cpu::topk_scratch(T, E, K); },
+      .tiles_bytes = [](const Shape&) { return int64_t{0}; },
+      .ds_parts = [](const Shape& s) { return cpu::ds_parts(s); },
+      .check_shape = [](const Shape& s) { validate(s); },
+      .index_topk = checked<cpu::index_topk>,
+      .index_lists = checked<cpu::index_lists>,
+      .index_rows = checked<cpu::index_rows>,
+      .topk = checked<cpu::topk>,
+      .topk_backward = checked<cpu::topk_backward>,
+      .up_proj = checked<cpu::up_proj>,
+      .down_proj = checked<cpu::down_proj>,
+      .aggregate = checked<cpu::aggregate>,
+      .down_proj_bwd = checked<cpu::down_proj_bwd>,
+      .up_proj_bwd = checked<cpu::up_proj_bwd>,
+      .weight_grad_w2 = checked<cpu::weight_grad_w2>,
+      .weight_grad_w1 = checked<cpu::weight_grad_w1>,
+      .bias_grad = checked<cpu::bias_grad>,
+      .score_grad = checked<cpu::score_grad>,
+      .token_round_scratch = [](const Shape& s) { return cpu::token_round_scratch(s); },
+      .token_round = checked<cpu::token_round>,
+  };
+  return table;
+}
+
+}  // namespace machmoe

@@ -1,0 +1,243 @@
+// Host checks of every op's arguments: shapes, types and null pointers. Nothing here reads device memory.
+#include "ops.h"
+
+#include <limits>
+
+#include "core/check.h"
+
+namespace machmoe {
+namespace {
+
+constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
+
+bool is_float(DType t) { return t == DType::F32 || t == DType::BF16 || t == DType::F16 || t == DType::F64; }
+bool is_index(DType t) { return t == DType::I32 || t == DType::I64; }
+
+void require(const void* pointer, const char* name) { MACHMOE_CHECK(pointer, "{} is null, expected a device pointer: allocate it", name); }
+
+// Pointers of buffers that may be empty.
+void require_rows(const void* pointer, int64_t elements, const char* name) {
+  if (elements > 0) require(pointer, name);
+}
+
+template <class View> void check_matrix(const View& w, int64_t rows, int64_t cols, const char* name) {
+  require(w.base, name);
+  MACHMOE_CHECK(w.row_stride >= cols, "{}.row_stride is {}, expected at least its {} columns: strides count elements", name, w.row_stride, cols);
+  MACHMOE_CHECK(w.expert_stride >= (rows - 1) * w.row_stride + cols, "{}.expert_stride is {}, expected at least {} for {} rows of stride {}", name,
+                w.expert_stride, (rows - 1) * w.row_stride + cols, rows, w.row_stride);
+}
+template <class View> void check_bias(const View& b, int64_t cols, const char* name) {
+  if (!b.base) return;
+  MACHMOE_CHECK(b.stride >= 1, "{}.stride is {}, expected at least 1", name, b.stride);
+  MACHMOE_CHECK(b.expert_stride >= (cols - 1) * b.stride + 1, "{}.expert_stride is {}, expected at least {} for {} columns of stride {}", name,
+                b.expert_stride, (cols - 1) * b.stride + 1, cols, b.stride);
+}
+template <class View> void check_w1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
+  check_matrix(up, s.n, s.d, up_name);
+  if (s.act.gated())
+    check_matrix(gate, s.n, s.d, gate_name);
+  else
+    MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its weight as {}", gate_name, up_name);
+}
+template <class View> void check_b1(const Shape& s, const View& gate, const View& up) {
+  check_bias(up, s.n, "b1_up");
+  check_bias(gate, s.n, "b1_gate");
+  if (s.act.gated())
+    MACHMOE_CHECK(!gate.base == !up.base, "b1_gate is {} and b1_up is {}, expected both or none", gate.base ? "given" : "null", up.base ? "given" : "null");
+  else
+    MACHMOE_CHECK(!gate.base, "b1_gate is given, expected none: this activation has no gate, pass its bias as b1_up");
+}
+
+void check_routing(const Shape& s, const Routing& r) {
+  require(r.counts, "routing.counts");
+  require(r.offsets, "routing.offsets");
+  if (s.kind == RoutingKind::Rows) {
+    MACHMOE_CHECK(!r.token, "routing.token is given, expected null: dispatched rows (ROWS) gather nothing");
+    return;
+  }
+  require_rows(r.token, s.R_cap, "routing.token");
+  require_rows(r.score, s.R_cap, "routing.score");
+  require_rows(r.inverse, s.R_cap, "routing.inverse");
+  if (s.kind == RoutingKind::Lists) require(r.token_offsets, "routing.token_offsets");
+}
+
+void check_grad_dtype(const Shape& s, DType dtype) {
+  MACHMOE_CHECK(dtype == s.dtype || (dtype == DType::F32 && s.dtype != DType::F64), "grad_dtype is {}, expected the layer's dtype {} or F32 (0)",
+                static_cast<int>(dtype), static_cast<int>(s.dtype));
+}
+
+void check_router(int64_t T, int64_t E, int64_t K, RouterKind kind, DType dtype) {
+  MACHMOE_CHECK(T >= 0 && T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", T);
+  MACHMOE_CHECK(E >= 1 && E <= kMaxIndex, "E is {}, expected at least 1 expert", E);
+  MACHMOE_CHECK(K >= 1 && K <= E, "K is {}, expected 1 .. E = {}: a token cannot choose an expert twice", K, E);
+  MACHMOE_CHECK(T * K <= kMaxIndex, "T K is {}, expected at most 2^31 - 1 rows: split the batch", T * K);
+  MACHMOE_CHECK(kind == RouterKind::TopkSoftmax || kind == RouterKind::SoftmaxTopk || kind == RouterKind::SoftmaxTopkNorm,
+                "router is {}, expected a machmoe_router value", static_cast<int>(kind));
+  MACHMOE_CHECK(is_float(dtype), "logits_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(dtype));
+}
+
+}  // namespace
+
+void validate(const Shape& s) {
+  MACHMOE_CHECK(s.dtype == DType::F32 || s.dtype == DType::BF16 || s.dtype == DType::F64, "dtype is {}, expected F32 (0), BF16 (1) or F64 (3)",
+                static_cast<int>(s.dtype));
+  MACHMOE_CHECK(s.act.kind >= ActivationKind::SwiGLU && s.act.kind <= ActivationKind::SiLU, "activation is {}, expected a machmoe_activation value",
+                static_cast<int>(s.act.kind));
+  MACHMOE_CHECK(s.act.limit >= 0.f, "limit is {}, expected 0 (no clamp) or a positive number", s.act.limit);
+  MACHMOE_CHECK(s.T >= 0 && s.T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", s.T);
+  MACHMOE_CHECK(s.E >= 1 && s.E <= (int64_t{1} << 20), "E is {}, expected 1 .. 2^20 experts", s.E);
+  MACHMOE_CHECK(s.d >= 8 && s.d % 8 == 0 && s.d <= (int64_t{1} << 24), "d is {}, expected a multiple of 8 in 8 .. 2^24: pad the hidden size", s.d);
+  MACHMOE_CHECK(s.n >= 8 && s.n % 8 == 0 && s.n <= (int64_t{1} << 24), "n is {}, expected a multiple of 8 in 8 .. 2^24: pad the intermediate size", s.n);
+  MACHMOE_CHECK(s.R_cap >= 0 && s.R_cap <= kMaxIndex - kSlackRows, "row_capacity is {}, expected 0 .. 2^31 - {}: split the batch", s.R_cap, 1 + kSlackRows);
+  switch (s.kind) {
+    case RoutingKind::TopK:
+      MACHMOE_CHECK(s.K >= 1, "K is {}, expected at least 1 expert per token", s.K);
+      MACHMOE_CHECK(s.T == 0 || s.K <= kMaxIndex / s.T, "T K is {} x {}, expected at most 2^31 - 1 rows: split the batch", s.T, s.K);
+      MACHMOE_CHECK(s.R_cap == s.T * s.K, "row_capacity is {}, expected T K = {} with top-K routing", s.R_cap, s.T * s.K);
+      return;
+    case RoutingKind::Lists: return;
+    case RoutingKind::Rows: MACHMOE_CHECK(s.T == s.R_cap, "T is {}, expected row_capacity = {}: dispatched rows are their own tokens", s.T, s.R_cap); return;
+  }
+  MACHMOE_CHECK(false, "routing_kind is {}, expected TOPK (0), LISTS (1) or ROWS (2)", static_cast<int>(s.kind));
+}
+
+void validate(const IndexTopkArgs& p) {
+  validate(p.shape);
+  MACHMOE_CHECK(p.shape.kind == RoutingKind::TopK, "routing_kind is {}, expected TOPK (0) for routing from top-K ids", static_cast<int>(p.shape.kind));
+  MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
+  MACHMOE_CHECK(is_float(p.weights_dtype), "weights_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(p.weights_dtype));
+  MACHMOE_CHECK(p.weights_dtype != DType::F64 || p.shape.dtype == DType::F64, "weights_dtype is F64, expected F32, BF16 or F16 with a layer that is not F64");
+  require_rows(p.ids, p.shape.R_cap, "ids");
+  require_rows(p.weights, p.shape.R_cap, "weights");
+  check_routing(p.shape, p.out);
+}
+
+void validate(const IndexListsArgs& p) {
+  validate(p.shape);
+  MACHMOE_CHECK(p.shape.kind == RoutingKind::Lists, "routing_kind is {}, expected LISTS (1) for routing from lists", static_cast<int>(p.shape.kind));
+  MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
+  require_rows(p.token_ids, p.shape.R_cap, "token_ids");
+  require_rows(p.expert_ids, p.shape.R_cap, "expert_ids");
+  check_routing(p.shape, p.out);
+}
+
+void validate(const IndexRowsArgs& p) {
+  validate(p.shape);
+  MACHMOE_CHECK(p.shape.kind != RoutingKind::TopK, "routing_kind is TOPK (0), expected LISTS (1) or ROWS (2): top-K metadata comes from its ids");
+  check_routing(p.shape, p.out);
+}
+
+void validate(const TokenRoundArgs& p) {
+  validate(p.shape);
+  MACHMOE_CHECK(p.shape.dtype != DType::F64, "dtype is F64, expected F32 or BF16: token rounding works on fp32 scores");
+  MACHMOE_CHECK(p.rule >= RoundingRule::NrF && p.rule <= RoundingRule::BalanceF, "rule is {}, expected a machmoe_rounding value", static_cast<int>(p.rule));
+  MACHMOE_CHECK(p.K >= 1 && p.K <= p.shape.E, "K is {}, expected 1 .. E = {}", p.K, p.shape.E);
+  MACHMOE_CHECK(p.tile >= 1 && p.tile <= (int64_t{1} << 20), "tile is {}, expected 1 .. 2^20 rows", p.tile);
+  const int64_t capacity = rounded_capacity(p.shape.T, p.shape.E, p.K, p.tile, p.rule);
+  MACHMOE_CHECK(p.shape.kind == RoutingKind::Lists && p.shape.R_cap == capacity,
+                "row_capacity is {} with routing_kind {}, expected {} with LISTS (1): ask machmoe_rounded_capacity", p.shape.R_cap,
+                static_cast<int>(p.shape.kind), capacity);
+  require_rows(p.scores, p.shape.T, "scores");
+  check_routing(p.shape, p.out);
+  require_rows(p.out.expert, p.shape.R_cap, "routing.expert");
+}
+
+void validate(const TopkArgs& p) {
+  check_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
+  require_rows(p.logits, p.T, "logits");
+  require_rows(p.ids, p.T, "ids");
+  require_rows(p.weights, p.T, "weights");
+  require(p.counts, "counts");
+}
+
+void validate(const TopkBackwardArgs& p) {
+  check_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
+  require_rows(p.logits, p.T, "logits");
+  require_rows(p.ids, p.T, "ids");
+  require_rows(p.weights, p.T, "weights");
+  require_rows(p.dlogits, p.T, "dlogits");
+  if (p.daux) require(p.counts, "counts");
+  if (p.dweights) return;
+  require_rows(p.ds_parts, p.T, "backward_workspace");
+  require_rows(p.inverse, p.T, "routing.inverse");
+}
+
+void validate(const UpProjArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  require_rows(p.x, p.shape.T, "x");
+  check_w1(p.shape, p.w1_gate, p.w1_up, "w1_gate", "w1_up");
+  check_b1(p.shape, p.b1_gate, p.b1_up);
+}
+
+void validate(const DownProjArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  require_rows(p.a, p.shape.R_cap, "workspace");
+  require_rows(p.y, p.shape.R_cap, "o");
+  check_matrix(p.w2, p.shape.d, p.shape.n, "w2");
+  check_bias(p.b2, p.shape.d, "b2");
+}
+
+void validate(const ScoreGradArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  MACHMOE_CHECK(is_float(p.dscore_dtype) && (p.dscore_dtype == DType::F64) == (p.shape.dtype == DType::F64),
+                "dscore_dtype is {}, expected F32, BF16 or F16 (F64 with F64 data alone)", static_cast<int>(p.dscore_dtype));
+  require_rows(p.ds_parts, p.shape.R_cap, "workspace");
+  require_rows(p.dscore, p.shape.R_cap, "dscore");
+}
+
+void validate(const AggregateArgs& p) {
+  validate(p.shape);
+  MACHMOE_CHECK(p.shape.kind != RoutingKind::Rows, "routing_kind is ROWS (2), expected TOPK or LISTS: dispatched rows are not summed");
+  check_routing(p.shape, p.routing);
+  require_rows(p.y, p.shape.R_cap, "workspace");
+  require_rows(p.out, p.shape.T, p.weighted ? "o" : "dx");
+  check_bias(p.b2, p.shape.d, "b2");
+  if (p.score_grad.dscore) validate(p.score_grad);
+}
+
+void validate(const DownProjBwdArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  require_rows(p.d_o, p.shape.T, "d_o");
+  require_rows(p.h, p.shape.R_cap, "h");
+  check_matrix(p.w2, p.shape.d, p.shape.n, "w2");
+  check_bias(p.b2, p.shape.d, "b2");
+  require(p.dh, "workspace");
+}
+
+void validate(const UpProjBwdArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  check_w1(p.shape, p.w1_gate, p.w1_up, "w1_gate", "w1_up");
+  require_rows(p.dx_rows, p.shape.R_cap, "dx");
+}
+
+void validate(const WeightGradW2Args& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  check_grad_dtype(p.shape, p.out_dtype);
+  require_rows(p.d_o, p.shape.T, "d_o");
+  check_matrix(p.dw2, p.shape.d, p.shape.n, "dw2");
+}
+
+void validate(const WeightGradW1Args& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  check_grad_dtype(p.shape, p.out_dtype);
+  require_rows(p.x, p.shape.T, "x");
+  check_w1(p.shape, p.dw1_gate, p.dw1_up, "dw1_gate", "dw1_up");
+}
+
+void validate(const BiasGradArgs& p) {
+  validate(p.shape);
+  check_routing(p.shape, p.routing);
+  check_grad_dtype(p.shape, p.out_dtype);
+  check_b1(p.shape, p.db1_gate, p.db1_up);
+  check_bias(p.db2, p.shape.d, "db2");
+  require_rows(p.d_o, p.shape.T, "d_o");
+}
+
+}  // namespace machmoe
