@@ -78,16 +78,11 @@ void check_router(int64_t T, int64_t E, int64_t K, RouterKind kind, DType dtype)
 
 }  // namespace
 
-void validate(const Shape& s) {
+void validate_routing(const Shape& s) {
   MACHMOE_CHECK(s.dtype == DType::F32 || s.dtype == DType::BF16 || s.dtype == DType::F64, "dtype is {}, expected F32 (0), BF16 (1) or F64 (3)",
                 static_cast<int>(s.dtype));
-  MACHMOE_CHECK(s.act.kind >= ActivationKind::SwiGLU && s.act.kind <= ActivationKind::SiLU, "activation is {}, expected a machmoe_activation value",
-                static_cast<int>(s.act.kind));
-  MACHMOE_CHECK(s.act.limit >= 0.f, "limit is {}, expected 0 (no clamp) or a positive number", s.act.limit);
   MACHMOE_CHECK(s.T >= 0 && s.T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", s.T);
   MACHMOE_CHECK(s.E >= 1 && s.E <= (int64_t{1} << 20), "E is {}, expected 1 .. 2^20 experts", s.E);
-  MACHMOE_CHECK(s.d >= 8 && s.d % 8 == 0 && s.d <= (int64_t{1} << 24), "d is {}, expected a multiple of 8 in 8 .. 2^24: pad the hidden size", s.d);
-  MACHMOE_CHECK(s.n >= 8 && s.n % 8 == 0 && s.n <= (int64_t{1} << 24), "n is {}, expected a multiple of 8 in 8 .. 2^24: pad the intermediate size", s.n);
   MACHMOE_CHECK(s.R_cap >= 0 && s.R_cap <= kMaxIndex - kSlackRows, "row_capacity is {}, expected 0 .. 2^31 - {}: split the batch", s.R_cap, 1 + kSlackRows);
   switch (s.kind) {
     case RoutingKind::TopK:
@@ -101,8 +96,17 @@ void validate(const Shape& s) {
   MACHMOE_CHECK(false, "routing_kind is {}, expected TOPK (0), LISTS (1) or ROWS (2)", static_cast<int>(s.kind));
 }
 
+void validate(const Shape& s) {
+  validate_routing(s);
+  MACHMOE_CHECK(s.act.kind >= ActivationKind::SwiGLU && s.act.kind <= ActivationKind::SiLU, "activation is {}, expected a machmoe_activation value",
+                static_cast<int>(s.act.kind));
+  MACHMOE_CHECK(s.act.limit >= 0.f, "limit is {}, expected 0 (no clamp) or a positive number", s.act.limit);
+  MACHMOE_CHECK(s.d >= 8 && s.d % 8 == 0 && s.d <= (int64_t{1} << 24), "d is {}, expected a multiple of 8 in 8 .. 2^24: pad the hidden size", s.d);
+  MACHMOE_CHECK(s.n >= 8 && s.n % 8 == 0 && s.n <= (int64_t{1} << 24), "n is {}, expected a multiple of 8 in 8 .. 2^24: pad the intermediate size", s.n);
+}
+
 void validate(const IndexTopkArgs& p) {
-  validate(p.shape);
+  validate_routing(p.shape);
   MACHMOE_CHECK(p.shape.kind == RoutingKind::TopK, "routing_kind is {}, expected TOPK (0) for routing from top-K ids", static_cast<int>(p.shape.kind));
   MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
   MACHMOE_CHECK(is_float(p.weights_dtype), "weights_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(p.weights_dtype));
@@ -113,7 +117,7 @@ void validate(const IndexTopkArgs& p) {
 }
 
 void validate(const IndexListsArgs& p) {
-  validate(p.shape);
+  validate_routing(p.shape);
   MACHMOE_CHECK(p.shape.kind == RoutingKind::Lists, "routing_kind is {}, expected LISTS (1) for routing from lists", static_cast<int>(p.shape.kind));
   MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
   require_rows(p.token_ids, p.shape.R_cap, "token_ids");
@@ -122,13 +126,13 @@ void validate(const IndexListsArgs& p) {
 }
 
 void validate(const IndexRowsArgs& p) {
-  validate(p.shape);
+  validate_routing(p.shape);
   MACHMOE_CHECK(p.shape.kind != RoutingKind::TopK, "routing_kind is TOPK (0), expected LISTS (1) or ROWS (2): top-K metadata comes from its ids");
   check_routing(p.shape, p.out);
 }
 
 void validate(const TokenRoundArgs& p) {
-  validate(p.shape);
+  validate_routing(p.shape);
   MACHMOE_CHECK(p.shape.dtype != DType::F64, "dtype is F64, expected F32 or BF16: token rounding works on fp32 scores");
   MACHMOE_CHECK(p.rule >= RoundingRule::NrF && p.rule <= RoundingRule::BalanceF, "rule is {}, expected a machmoe_rounding value", static_cast<int>(p.rule));
   MACHMOE_CHECK(p.K >= 1 && p.K <= p.shape.E, "K is {}, expected 1 .. E = {}", p.K, p.shape.E);

@@ -28,7 +28,7 @@ struct IndexTopkArgs {
   Shape shape;
   const void* ids;       DType ids_dtype;       // [T, K] I32 or I64
   const void* weights;   DType weights_dtype;   // [T, K] F32, BF16, F16 (F64 with fp64 data)
-  int32_t* order;                               // [R_cap] row -> slot, optional
+  int32_t* order;                               // [R_cap] row -> slot, -1 past R; optional
   Routing out;
   void* scratch;                                // Backend::index_scratch(shape)
 };
@@ -39,7 +39,7 @@ struct IndexListsArgs {
   const void* expert_ids;                       // [R_cap] ids_dtype; outside [0, E): dropped
   DType ids_dtype;                              // I32 or I64
   const void* scores;                           // [R_cap] accum; null: out.score is left alone
-  int32_t* order;                               // [R_cap] row -> list position, optional
+  int32_t* order;                               // [R_cap] row -> list position, -1 past R; optional
   Routing out;
   void* scratch;
 };
@@ -184,7 +184,8 @@ struct BiasGradArgs {                // db1_e = sum dH, db2_e = sum s dO; a null
   bool accumulate;
 };
 
-void validate(const Shape&);
+void validate_routing(const Shape&);   // T, E, K, R_cap and kind: what routing metadata depends on
+void validate(const Shape&);           // ... and d, n, dtype, activation
 void validate(const IndexTopkArgs&);
 void validate(const IndexListsArgs&);
 void validate(const IndexRowsArgs&);

@@ -61,6 +61,16 @@ typedef enum machmoe_router {
   MACHMOE_SOFTMAX_TOPK_NORM = 2   /* ... renormalised to sum 1 */
 } machmoe_router;
 
+/* Which multiple of the tile an expert's row count f is rounded to (arXiv 2512.14080, section 5 and appendix). */
+typedef enum machmoe_rounding {
+  MACHMOE_NR_F = 0,       /* nearest */
+  MACHMOE_SR_F = 1,       /* up with probability (f - down) / tile */
+  MACHMOE_NR_S = 2,       /* up with probability by the scores of the ranks between down and up */
+  MACHMOE_UP = 3,
+  MACHMOE_DOWN = 4,
+  MACHMOE_BALANCE_F = 5   /* running residual over the experts: the total stays within half a tile of T K */
+} machmoe_rounding;
+
 /* One experts layer. dtype: CPU F32, BF16, F64 (slow specification); CUDA BF16. Scores are F32 (F64 with F64 data). */
 typedef struct machmoe_layer {
   size_t struct_size;
@@ -136,14 +146,30 @@ MACHMOE_API machmoe_status machmoe_routing_bytes(const machmoe_layer*, int with_
 MACHMOE_API machmoe_status machmoe_routing_carve(const machmoe_layer*, int with_expert, void* metadata, machmoe_routing* out);
 /* ids [T, K] I32 or I64, weights [T, K] F32, BF16, F16 (F64). Ids outside [0, E) are dropped; negative ids and duplicates are an error on the CPU. */
 MACHMOE_API machmoe_status machmoe_routing_from_topk(const machmoe_layer*, const void* ids, int32_t ids_dtype, const void* weights, int32_t weights_dtype,
-                                                     int32_t* order /* [row_capacity] row -> slot, optional */, const machmoe_routing* out,
+                                                     int32_t* order /* [row_capacity] row -> slot, -1 past R; optional */, const machmoe_routing* out,
                                                      void* workspace, size_t bytes, void* stream);
 /* row_capacity triples in any order; scores F32 (F64), optional. */
 MACHMOE_API machmoe_status machmoe_routing_from_lists(const machmoe_layer*, const void* token_ids, const void* expert_ids, int32_t ids_dtype, const void* scores,
-                                                      int32_t* order /* [row_capacity] row -> list position, optional */, const machmoe_routing* out,
+                                                      int32_t* order /* [row_capacity] row -> list position, -1 past R; optional */, const machmoe_routing* out,
                                                       void* workspace, size_t bytes, void* stream);
 /* ROWS, or ready-made arrays: offsets (and tiles) from counts; LISTS also token_offsets and inverse from token. */
 MACHMOE_API machmoe_status machmoe_routing_complete(const machmoe_layer*, const machmoe_routing* io, void* workspace, size_t bytes, void* stream);
+
+/* Token rounding: top-K of the scores, then each expert's rows rounded to a multiple of `tile` by dropping its worst pairs or adding
+ * the best tokens that had not chosen it; down where up exceeds T. T < tile: plain top-K. Ties to the lower expert and token id. */
+typedef struct machmoe_token_round_options {
+  size_t struct_size;
+  int64_t K, tile;
+  int32_t rule;         /* machmoe_rounding */
+  int32_t renormalize;  /* 1: scores are divided by their sum over the kept pairs of the token */
+  uint64_t seed;        /* SR_F, NR_S: Philox keyed by (seed, expert) */
+} machmoe_token_round_options;
+/* Rows that a rounded routing may need: the row_capacity of its layer. */
+MACHMOE_API machmoe_status machmoe_rounded_capacity(int64_t T, int64_t E, int64_t K, int64_t tile, int32_t rule, int64_t* row_capacity);
+MACHMOE_API machmoe_status machmoe_token_round_workspace_bytes(const machmoe_layer*, size_t* bytes);
+/* scores [T, E] F32 in [0, 1]. The layer is LISTS of machmoe_rounded_capacity(); the routing is carved with_expert and comes out complete. */
+MACHMOE_API machmoe_status machmoe_token_round(const machmoe_layer*, const machmoe_token_round_options*, const float* scores, const machmoe_routing* out,
+                                               void* workspace, size_t bytes, void* stream);
 
 /* ---- experts ------------------------------------------------------------------------------------------------------------- */
 typedef struct machmoe_forward_io {
