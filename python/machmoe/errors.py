@@ -1,0 +1,16 @@
+"""Errors that a user can act on: one sentence, no traceback, exit status 2."""
+
+import importlib
+
+
+class UserError(Exception):
+    """What went wrong and what to do about it, in one sentence."""
+
+
+def need(module):
+    """Imports a package of the 'train' extra, or says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(f"this command needs {package}, which is not installed: pip install 'machmoe[train]' (or pip install {package})") from error

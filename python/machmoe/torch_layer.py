@@ -1,0 +1,62 @@
+"""The MoE layer on torch's grouped_mm: the reference that `train` and `bench` compare machmoe with, with the same parameters and names."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROUTERS = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
+
+
+def topk_route(logits, k, router="softmax_topk_norm"):
+    """ids and fp32 weights [T, K], counts [E], load-balance loss E sum_e (counts_e / (T K)) mean_t softmax(logits)_te."""
+    num_experts = logits.shape[1]
+    logits = logits.float()
+    prob = logits.softmax(-1)
+    if router == "topk_softmax":
+        top, ids = logits.topk(k)
+        weights = top.softmax(-1)
+    else:
+        weights, ids = prob.topk(k)
+        if router == "softmax_topk_norm":
+            weights = weights / weights.sum(-1, keepdim=True)
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=logits.device)
+    counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
+    aux = num_experts * (counts.float() / ids.numel() * prob.mean(0)).sum()
+    return ids, weights, counts, aux
+
+
+def grouped_experts(x, w1, w2, ids, weights):
+    """O [T, d] for x [T, d], w1 [E, 2n, d] (gate, then up), w2 [E, d, n], ids and weights [T, K]. SwiGLU."""
+    tokens, k = ids.shape
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
+    expert, order = ids.flatten().sort(stable=True)
+    counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
+    offs = counts.cumsum(0, dtype=torch.int32)
+    rows = x[torch.div(order, k, rounding_mode="floor")]
+    gate, up = F.grouped_mm(rows, w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offs)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    y = y[inverse].view(tokens, k, -1)
+    return (y * weights.to(y.dtype).unsqueeze(-1)).sum(1)
+
+
+class TorchMoE(nn.Module):
+    """Router and experts; state_dict: gate.weight, experts.gate_up_proj, experts.down_proj. `aux` holds the last load-balance loss."""
+
+    def __init__(self, hidden, intermediate, num_experts, k, router="softmax_topk_norm"):
+        super().__init__()
+        self.k, self.router = k, router
+        self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))
+        self.experts.down_proj = nn.Parameter(torch.empty(num_experts, hidden, intermediate))
+        self.aux = None
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        ids, weights, _, self.aux = topk_route(self.gate(x), self.k, self.router)
+        return grouped_experts(x, self.experts.gate_up_proj, self.experts.down_proj, ids, weights).view(shape)

@@ -1,0 +1,1 @@
+"""Training a byte-level MoE language model: `python -m machmoe train`."""

@@ -1,0 +1,51 @@
+"""metrics.jsonl: one record a step, one a validation. A resumed run drops what lies beyond its checkpoint and continues the file."""
+
+import json
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from .checkpoint import write_atomically
+
+
+class Metrics:
+    def __init__(self, run, step):
+        self.path = Path(run) / "metrics.jsonl"
+        if self.path.exists():
+            kept = [record for record in read(self.path) if record["step"] <= step]
+            if self.path.is_file():
+                write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self.pending = []
+        try:
+            self.file = open(self.path, "a")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def add(self, **record):
+        self.pending.append(json.dumps(record) + "\n")
+
+    def flush(self, durable=False):
+        """Hands the pending records to the file; durable: down to the disk, as a checkpoint that is about to count on them needs."""
+        try:
+            self.file.write("".join(self.pending))
+            self.file.flush()
+            if durable and self.path.is_file():
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact. Make room, then --resume {self.path.parent}") from error
+        self.pending.clear()
+
+    def close(self):
+        self.file.close()
+
+
+def read(path):
+    """Records in order; a last line that a crash cut off is left out."""
+    records = []
+    with open(path) as file:
+        for line in file:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records

@@ -1,0 +1,42 @@
+"""Loss curves as PNG."""
+
+import io
+
+from ..errors import need
+from .checkpoint import write_atomically
+
+
+def smooth(values, weight=0.95):
+    """Exponential mean, corrected for its start."""
+    mean, norm, out = 0.0, 0.0, []
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(mean / norm)
+    return out
+
+
+def plot_losses(path, runs, bigram):
+    """runs: {label: records of metrics.jsonl}; losses in bits per byte."""
+    need("matplotlib").use("Agg")
+    plt = need("matplotlib.pyplot")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (label, records) in enumerate(runs.items()):
+        train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
+        validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        color = f"C{i}"
+        if train:
+            steps, losses = zip(*train)
+            axes.plot(steps, losses, color=color, alpha=0.15, linewidth=0.8)
+            axes.plot(steps, smooth(losses), color=color, linewidth=1.5, label=f"{label}, training")
+        if validation:
+            axes.plot(*zip(*validation), "o--", color=color, markersize=4, label=f"{label}, validation")
+    axes.axhline(bigram, color="0.4", linestyle=":", label=f"H(next byte | previous byte) = {bigram:.3f}")
+    axes.set(xlabel="step", ylabel="loss, bits per byte")
+    top = max((r["train_loss"] for records in runs.values() for r in records if r.get("step", 0) > 20 and "train_loss" in r), default=8.0)
+    axes.set_ylim(0, min(8.5, max(top, bigram) * 1.15))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
