@@ -62,8 +62,9 @@ inline std::vector<Case> case_table() {
   for (int64_t d : {8, 104})
     for (int64_t n : {8, 72}) cases.push_back({.name = "d" + std::to_string(d) + "n" + std::to_string(n), .d = d, .n = n});
   using A = ActivationKind;
+  // The clamps lie midway between two bf16 numbers: the saved H is then on the same side of them as H.
   const std::pair<const char*, Activation> activations[] = {
-      {"SwiGLUClamped", {A::SwiGLU, 1.702f, 0.5f}}, {"SwiGLUOai", {A::SwiGLUOai, 1.702f, 7.f}}, {"SwiGLUOaiClamped", {A::SwiGLUOai, 1.702f, 0.7f}},
+      {"SwiGLUClamped", {A::SwiGLU, 1.702f, 0.501953125f}}, {"SwiGLUOai", {A::SwiGLUOai, 1.702f, 7.f}}, {"SwiGLUOaiClamped", {A::SwiGLUOai, 1.702f, 0.701171875f}},
       {"GeGLU", {A::GeGLU}}, {"ReGLU", {A::ReGLU}}, {"ReLU2", {A::ReLU2}}, {"ReLU", {A::ReLU}}, {"GELU", {A::GELU}}, {"GELUErf", {A::GELUErf}}, {"SiLU", {A::SiLU}}};
   for (const auto& [name, act] : activations) cases.push_back({.name = name, .act = act, .bias = true});
   return cases;

@@ -115,7 +115,7 @@ inline double relative_error(const std::vector<double>& a, const std::vector<dou
   return std::sqrt(difference / norm);
 }
 
-// DESIGN contract 1: bf16 5e-3, fp32 1e-5. The specification in fp64 is as exact as the reference's derivatives.
+// The numerics contract: bf16 5e-3, fp32 1e-5. The specification in fp64 is as exact as the reference's derivatives.
 inline double tolerance(DType dtype) { return dtype == DType::BF16 ? 5e-3 : dtype == DType::F32 ? 1e-5 : 1e-8; }
 
 }  // namespace machmoe::test
