@@ -1,0 +1,77 @@
+// machmoe.hpp against the shared library, as a C++ user links it: no internal header, no torch.
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "machmoe/machmoe.hpp"
+
+namespace {
+
+constexpr int64_t T = 20, d = 16, n = 24, E = 4, K = 2;
+
+std::vector<float> normal(size_t count, float deviation, uint32_t seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> distribution(0, deviation);
+  std::vector<float> v(count);
+  for (float& x : v) x = distribution(engine);
+  return v;
+}
+
+struct Data {
+  std::vector<float> x = normal(T * d, 1, 1), w1 = normal(E * 2 * n * d, 0.25f, 2), w2 = normal(E * d * n, 0.2f, 3), d_o = normal(T * d, 1, 4), o = x;
+  std::vector<int32_t> ids;
+  std::vector<float> weights = std::vector<float>(T * K, 0.5f);
+  Data() {
+    for (int64_t t = 0; t < T; t++) ids.insert(ids.end(), {static_cast<int32_t>(t % E), static_cast<int32_t>((t + 1) % E)});
+  }
+};
+machmoe::Layer f32_layer() { return machmoe::Layer({.dtype = MACHMOE_F32, .T = T, .d = d, .n = n, .E = E, .K = K}); }
+
+double dot(const std::vector<float>& a, const std::vector<float>& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
+
+// The directional derivative of <O, dO> along dX is |dX|^2.
+TEST(Facade, BackwardIsTheGradientOfForward) {
+  const machmoe::Layer layer = f32_layer();
+  Data v;
+  const machmoe::Routing routing = layer.route_topk(v.ids.data(), v.weights.data());
+  const auto weights = machmoe::concatenated(layer, v.w1.data(), v.w2.data());
+  const machmoe::Saved saved = layer.forward(routing, weights, v.x.data(), v.o.data());
+  std::vector<float> dx(T * d), dw1(v.w1.size()), dw2(v.w2.size());
+  layer.backward(routing, weights, saved, v.x.data(), v.d_o.data(), {.dx = dx.data(), .weights = machmoe::concatenated(layer, dw1.data(), dw2.data())});
+  const auto loss_at = [&](float step) {
+    std::vector<float> x = v.x, o(T * d);
+    for (size_t i = 0; i < x.size(); i++) x[i] += step * dx[i];
+    layer.forward(routing, weights, x.data(), o.data(), nullptr, false);
+    return dot(o, v.d_o);
+  };
+  EXPECT_NEAR((loss_at(1e-3f) - loss_at(-1e-3f)) / 2e-3, dot(dx, dx), 1e-2 * dot(dx, dx));
+  EXPECT_GT(dot(dw1, dw1), 0);
+  EXPECT_GT(dot(dw2, dw2), 0);
+}
+
+TEST(Facade, ListsGiveTheBitsOfTopK) {
+  const machmoe::Layer topk = f32_layer(), lists({.dtype = MACHMOE_F32, .routing_kind = MACHMOE_LISTS, .T = T, .d = d, .n = n, .E = E, .row_capacity = T * K});
+  Data v;
+  std::vector<int32_t> tokens(T * K);
+  for (size_t i = 0; i < tokens.size(); i++) tokens[i] = static_cast<int32_t>(i / K);
+  const auto weights = machmoe::concatenated(topk, v.w1.data(), v.w2.data());
+  std::vector<float> a(T * d), b(T * d);
+  topk.forward(topk.route_topk(v.ids.data(), v.weights.data()), weights, v.x.data(), a.data());
+  lists.forward(lists.route_lists(tokens.data(), v.ids.data(), v.weights.data()), weights, v.x.data(), b.data());
+  for (size_t i = 0; i < a.size(); i++) EXPECT_NEAR(a[i], b[i], 1e-6f * (1 + std::abs(a[i])));   // two rows per token may be added in either order
+}
+
+TEST(Facade, FailuresAreExceptionsWithTheSentence) {
+  try {
+    machmoe::Layer({.T = T, .d = 12, .n = n, .E = E, .K = K});
+    FAIL() << "d = 12 must be refused";
+  } catch (const machmoe::Error& e) {
+    EXPECT_EQ(e.status(), MACHMOE_INVALID_ARGUMENT);
+    EXPECT_THAT(e.what(), testing::HasSubstr("d is 12"));
+  }
+}
+
+}  // namespace
