@@ -11,13 +11,12 @@ from .checkpoint import write_atomically
 class Metrics:
     def __init__(self, run, step):
         self.path = Path(run) / "metrics.jsonl"
-        if self.path.exists():
+        if self.path.is_file():
             kept = [record for record in read(self.path) if record["step"] <= step]
-            if self.path.is_file():
-                write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.pending = []
         try:
-            self.file = open(self.path, "a")
+            self.file = open(self.path, "ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
@@ -27,9 +26,10 @@ class Metrics:
     def flush(self, durable=False):
         """Hands the pending records to the file; durable: down to the disk, as a checkpoint that is about to count on them needs."""
         try:
-            self.file.write("".join(self.pending))
-            self.file.flush()
-            if durable and self.path.is_file():
+            left = memoryview("".join(self.pending).encode())
+            while left:
+                left = left[self.file.write(left):]
+            if durable:
                 os.fsync(self.file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact. Make room, then --resume {self.path.parent}") from error
