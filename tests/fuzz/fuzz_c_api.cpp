@@ -112,7 +112,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   backward.grad_dtype = in.byte() < 250 ? layer.dtype : in.code(5);
   backward.dw1_gate = grads.w1_gate, backward.dw1_up = grads.w1_up, backward.dw2 = grads.w2;
   if (backward.grad_dtype == layer.dtype)   // the gradients have room for this type
-    ok(machmoe_backward(&layer, &routing, &weights, &backward, in.byte() < 250 ? MACHMOE_PHASE_ALL : in.byte(), workspace.data(), given, nullptr));
+    ok(machmoe_backward(&layer, &routing, &weights, &backward, in.byte() < 250 ? uint32_t{MACHMOE_PHASE_ALL} : uint32_t{in.byte()}, workspace.data(), given, nullptr));
   return 0;
 }
 
