@@ -8,7 +8,7 @@ from .errors import UserError
 
 COMMANDS = {
     "train": ("train.command", "train a MoE language model on text"),
-    "bench": ("bench", "time machmoe beside its rivals"),
+    "bench": ("bench.command", "time machmoe beside its rivals"),
     "check": ("check", "verify the numerics contract on this machine"),
     "info": ("info", "build, backends, devices and versions"),
 }

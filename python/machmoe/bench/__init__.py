@@ -1,0 +1,1 @@
+"""Timing of the MoE layer beside its rivals: `python -m machmoe bench`."""

@@ -1,0 +1,158 @@
+"""`python -m machmoe bench`: the measurement, its table, its JSON and the figures made from the JSON."""
+
+import gc
+import importlib.util
+import json
+from pathlib import Path
+
+from ..errors import UserError, need
+from ..train.checkpoint import write_atomically
+from .plot import plot
+from .shapes import H200_SHAPES, SHAPES, floor_ms, parse
+
+PATTERNS = ("random", "balanced", "skewed", "rounded")
+NAMES = ("machmoe", "dense bmm", "grouped_mm", "grouped_mm+compile", "sonic-moe")
+SCHEMA = 1
+
+
+def add_arguments(parser):
+    parser.add_argument("--shape", action="append", metavar="NAME", help=f"a shape by name, repeatable; 'all' = the 12 of the H200 tables. Names: {', '.join(SHAPES)} (default: cpu, on CUDA all)")
+    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="a shape by its sizes: tokens, hidden, intermediate, experts, active; repeatable")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<i>")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on CUDA, fp32 on the CPU")
+    parser.add_argument("--routing", choices=PATTERNS, default="random", help="random top-K, balanced, skewed (p_e ~ 1/e), or rounded (token rounding, machmoe only)")
+    parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
+    parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
+    parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
+    parser.add_argument("--host-calls", type=int, default=100, help="calls over which the host's time is averaged, CUDA only")
+    parser.add_argument("--out", type=Path, help="folder for bench.json and the figures (default: print only)")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the figures of an earlier bench.json beside it")
+
+
+def choose_shapes(arguments, on_cuda):
+    names = [name for given in arguments.shape or [] for name in (H200_SHAPES if given == "all" else [given])]
+    if not names and not arguments.thiek:
+        names = H200_SHAPES if on_cuda else ["cpu"]
+    return [parse(text) for text in names + (arguments.thiek or [])]
+
+
+def choose_contestants(arguments, on_cuda):
+    if arguments.contestants:
+        names = arguments.contestants.split(",")
+        unknown = [name for name in names if name not in NAMES]
+        if unknown:
+            raise UserError(f"--contestants does not know '{unknown[0]}'; choose from {', '.join(NAMES)}")
+        return names
+    if arguments.routing == "rounded":
+        return ["machmoe"]
+    names = ["machmoe", "dense bmm", "grouped_mm"]
+    if on_cuda:
+        names += ["grouped_mm+compile"] + (["sonic-moe"] if importlib.util.find_spec("sonicmoe") else [])
+    return names
+
+
+def measure_shape(shape, names, arguments, device, dtype):
+    """A record for each contestant; one that fails is reported with its error and does not stop the others."""
+    from .contestants import CONTESTANTS, Problem
+    from .measure import host_cost, memory, time_all
+    problem = Problem(shape, arguments.routing, dtype, device)
+    sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E, "K": shape.K}
+    contestants, records = {}, {}
+    for name in names:
+        try:
+            contestant = CONTESTANTS[name](problem)
+            contestant.backward(contestant.forward())
+            contestants[name] = contestant
+        except Exception as error:  # a rival that does not run here
+            records[name] = sizes | {"contestant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    times = time_all(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
+    scale = 1e-9 if device.type == "cuda" else 1e-6   # FLOP/ms -> TFLOP/s, GFLOP/s
+    for name, contestant in contestants.items():
+        record = sizes | {"contestant": name, "rows": contestant.rows, **times[name]}
+        record["total"] = {key: record["forward"][key] + record["backward"][key] for key in ("min_ms", "median_ms")}
+        flops = shape.flops(contestant.rows)
+        for kind, factor in (("forward", 1), ("backward", 2), ("total", 3), ("layer", 3)):
+            if kind in record:
+                record[kind]["throughput"] = factor * flops / record[kind]["median_ms"] * scale
+        if device.type == "cuda":
+            for kind, floor in (("forward", floor_ms(shape, False)), ("backward", floor_ms(shape, True)), ("total", floor_ms(shape, False) + floor_ms(shape, True))):
+                record[kind]["floor_share"] = floor / record[kind]["median_ms"]
+        records[name] = record | memory(contestant, device) | host_cost(contestant, device, arguments.host_calls)
+    for name, key in (("dense bmm", "time_over_dense"), ("machmoe", "time_over_machmoe")):
+        base = records.get(name, {}).get("total")
+        for record in records.values():
+            record[key] = record["total"]["median_ms"] / base["median_ms"] if base and "total" in record else None
+    return [records[name] for name in names]
+
+
+def table_width(table):
+    """A table cut to the terminal's width would lose numbers: let the lines wrap instead."""
+    console = need("rich.console").Console(width=1000)
+    return console.measure(table).maximum
+
+
+def show(records, unit, on_cuda):
+    first = records[0]
+    table = need("rich.table").Table(title="{shape}: T {T}, d {d}, n {n}, E {E}, K {K}".format(**first), title_justify="left")
+    columns = ["", "forward ms\nmin / median", "backward ms\nmin / median", f"forward\n{unit}", f"backward\n{unit}", "f + b\nms", "time over\ndense",
+               "time over\nmachmoe", "layer\nf + b ms", "saved\nMiB"] + (["peak f / b\nMiB", "of the floor\nf / b", "host us\nf / b", "launches"] if on_cuda else [])
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    digits = 3 if on_cuda else 1
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    for r in (r for r in records if "error" not in r):
+        pair = lambda kind: f"{r[kind]['min_ms']:.{digits}f} / {r[kind]['median_ms']:.{digits}f}"
+        row = [r["contestant"], pair("forward"), pair("backward"), f"{r['forward']['throughput']:.0f}", f"{r['backward']['throughput']:.0f}",
+               number(r["total"]["median_ms"], digits), number(r["time_over_dense"], 3), number(r["time_over_machmoe"], 3),
+               number(r.get("layer", {}).get("median_ms"), digits), f"{r['saved_mib']:.1f}"]
+        if on_cuda:
+            row += [f"{r['peak_forward_mib']:.0f} / {r['peak_backward_mib']:.0f}", f"{r['forward']['floor_share']:.2f} / {r['backward']['floor_share']:.2f}",
+                    f"{r.get('host_forward_us', 0):.0f} / {r.get('host_backward_us', 0):.0f}", str(r.get("launches", "-"))]
+        table.add_row(*row)
+    need("rich.console").Console(width=max(table_width(table), 80)).print(table)
+    for r in (r for r in records if "error" in r):
+        print(f"{r['contestant']} did not run: {r['error']}")
+
+
+def run(arguments):
+    if arguments.plot:
+        try:
+            result = json.loads(arguments.plot.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read {arguments.plot}: {error}") from error
+        for path in plot(result, arguments.plot.parent):
+            print(path)
+        return 0
+
+    import torch
+
+    from ..info import collect
+    device = torch.device(arguments.device)
+    on_cuda = device.type == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
+    shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
+    unit = "TFLOP/s" if on_cuda else "GFLOP/s"
+    result = {"schema": SCHEMA, "machine": collect(), "device": arguments.device, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+              "routing": arguments.routing, "unit": unit, "results": []}
+    print(f"{result['machine']['devices'].get('cuda:0' if on_cuda else 'cpu')}, {result['dtype']}, {arguments.routing} routing")
+    failed = False
+    for shape in shapes:
+        records = measure_shape(shape, names, arguments, device, dtype)
+        result["results"] += records
+        show(records, unit, on_cuda)
+        failed |= any("error" in record for record in records if record["contestant"] == "machmoe")
+        gc.collect()
+        if on_cuda:
+            torch.cuda.empty_cache()
+        if arguments.out:   # after every shape: an interrupted run keeps what it measured
+            try:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot create {arguments.out}: {error.strerror}") from error
+            write_atomically(arguments.out / "bench.json", json.dumps(result, indent=1).encode())
+    if arguments.out:
+        for path in [arguments.out / "bench.json", *plot(result, arguments.out)]:
+            print(path)
+    return int(failed)

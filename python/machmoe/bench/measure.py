@@ -1,0 +1,165 @@
+"""Times, memory, host time and launches of the contestants on one problem.
+
+All contestants take turns inside each repetition, so that clocks and neighbours hit them alike. On CUDA: events, the L2 cache overwritten before
+each timing, a soak beforehand so that the power limit has settled, and a device-side wait so that launches run ahead of the GPU."""
+
+import gc
+import statistics
+import time
+
+import torch
+
+L2_FLUSH_BYTES = 256 << 20
+SLEEP_CYCLES_PER_MS = 1.9e6
+MIB = 2**20
+
+
+class CudaClock:
+    def __init__(self, device):
+        self.flush_buffer = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def flush(self):
+        self.flush_buffer.zero_()
+
+    def hold(self, ms):
+        torch.cuda._sleep(int(min(100.0, ms) * SLEEP_CYCLES_PER_MS))
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self):
+        torch.cuda.synchronize()
+
+    @staticmethod
+    def ms(start, end):
+        return start.elapsed_time(end)
+
+
+class HostClock:
+    def __init__(self, _device):
+        pass
+
+    def flush(self):
+        pass
+
+    def hold(self, ms):
+        pass
+
+    def wait(self):
+        pass
+
+    @staticmethod
+    def mark():
+        return time.perf_counter()
+
+    @staticmethod
+    def ms(start, end):
+        return (end - start) * 1e3
+
+
+def passes(contestant):
+    """name -> (untimed preparation, timed work)."""
+    out = {"forward": (lambda: None, lambda _: contestant.forward()), "backward": (contestant.forward, contestant.backward)}
+    if contestant.layer is not None:
+        out["layer"] = (lambda: None, lambda _: contestant.layer_backward(contestant.layer()))
+    return out
+
+
+def timed(clock, prepare, work, hold_ms):
+    argument = prepare()
+    clock.hold(hold_ms)
+    clock.flush()
+    start = clock.mark()
+    result = work(argument)
+    end = clock.mark()
+    del argument, result
+    return start, end
+
+
+def time_all(contestants, device, budget_ms, soak_ms):
+    """{contestant: {pass: {min_ms, median_ms, reps}}}."""
+    clock = (CudaClock if device.type == "cuda" else HostClock)(device)
+    jobs = [(name, kind, *pair) for name, contestant in contestants.items() for kind, pair in passes(contestant).items()]
+    host_ms = {}
+    for name, kind, prepare, work in jobs:   # first calls, then how long the host is busy with one
+        for _ in range(2):
+            timed(clock, prepare, work, 0)
+        clock.wait()
+        began = time.perf_counter()
+        timed(clock, prepare, work, 0)
+        host_ms[name, kind] = (time.perf_counter() - began) * 1e3 if device.type == "cuda" else 0.0
+        clock.wait()
+    soak_until = time.perf_counter() + (soak_ms / 1e3 if device.type == "cuda" else 0.0)
+    while time.perf_counter() < soak_until:
+        for _, _, prepare, work in jobs:
+            timed(clock, prepare, work, 0)
+        clock.wait()
+    samples, began = {job[:2]: [] for job in jobs}, time.perf_counter()
+    rounds = 0
+    while rounds < 5 or (rounds < 100 and (time.perf_counter() - began) * 1e3 < budget_ms * len(jobs)):
+        for name, kind, prepare, work in jobs:
+            start, end = timed(clock, prepare, work, 1.2 * host_ms[name, kind])
+            clock.wait()
+            samples[name, kind].append(clock.ms(start, end))
+        rounds += 1
+    out = {name: {} for name in contestants}
+    for (name, kind), values in samples.items():
+        out[name][kind] = {"min_ms": min(values), "median_ms": statistics.median(values), "reps": len(values)}
+    return out
+
+
+def memory(contestant, device):
+    """Saved between the passes, and the peaks beyond the inputs (and beyond the weight gradients), in MiB. The CPU has no allocator counters:
+    there the tensors that autograd holds are added up, and the peaks are unknown."""
+    if device.type != "cuda":
+        held = {}
+        known = {leaf.untyped_storage().data_ptr() for leaf in contestant.leaves()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            o = contestant.forward()
+        held.pop(o.untyped_storage().data_ptr(), None)
+        return {"saved_mib": sum(held.values()) / MIB, "peak_forward_mib": None, "peak_backward_mib": None}
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o = contestant.forward()
+    out = {"saved_mib": (torch.cuda.memory_allocated() - before - o.nbytes) / MIB, "peak_forward_mib": (torch.cuda.max_memory_allocated() - before) / MIB}
+    torch.cuda.reset_peak_memory_stats()
+    gradients = contestant.backward(o)
+    weights = contestant.w1.nbytes + contestant.w2.nbytes
+    out["peak_backward_mib"] = (torch.cuda.max_memory_allocated() - before - weights) / MIB
+    del gradients
+    return out
+
+
+def host_cost(contestant, device, calls):
+    """Mean host time of an eager call on an idle GPU, and the kernels launched."""
+    if device.type != "cuda" or calls < 1:
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+    spent = {"forward": 0.0, "backward": 0.0}
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        o = contestant.forward()
+        spent["forward"] += time.perf_counter() - start
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        gradients = contestant.backward(o)
+        spent["backward"] += time.perf_counter() - start
+        del o, gradients
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        contestant.backward(contestant.forward())
+        torch.cuda.synchronize()
+    launches = sum(event.count for event in trace.key_averages() if event.self_device_time_total > 0)
+    return {"host_forward_us": spent["forward"] / calls * 1e6, "host_backward_us": spent["backward"] / calls * 1e6, "host_calls": calls, "launches": launches}

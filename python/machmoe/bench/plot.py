@@ -1,0 +1,72 @@
+"""Figures of a benchmark's JSON."""
+
+import io
+from pathlib import Path
+
+from ..errors import need
+from ..train.checkpoint import write_atomically
+
+
+def measured(result):
+    return [record for record in result["results"] if "error" not in record]
+
+
+def save(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    need("matplotlib.pyplot").close(figure)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def bars(result, path):
+    """Throughput of each contestant at each shape, forward and backward."""
+    plt = need("matplotlib.pyplot")
+    records, unit = measured(result), result["unit"]
+    shapes, names = (list(dict.fromkeys(record[key] for record in records)) for key in ("shape", "contestant"))
+    figure, axes = plt.subplots(2, 1, figsize=(max(6, 1.3 * len(shapes) + 3), 7), layout="constrained", sharex=True)
+    width = 0.8 / len(names)
+    for panel, kind in zip(axes, ("forward", "backward")):
+        for i, name in enumerate(names):
+            points = [(shapes.index(r["shape"]) + (i - (len(names) - 1) / 2) * width, r[kind]["throughput"]) for r in records if r["contestant"] == name]
+            panel.bar(*zip(*points), width=width, label=name, color=f"C{i}")
+        panel.set_ylabel(f"{kind}, {unit}")
+        panel.grid(axis="y", alpha=0.3)
+    axes[1].set_xticks(range(len(shapes)), shapes, rotation=30 if len(shapes) > 3 else 0, ha="right" if len(shapes) > 3 else "center")
+    axes[0].legend(ncols=min(5, len(names)), fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0))
+    return save(figure, path)
+
+
+def granularity(result, path):
+    """Throughput and saved memory over granularity d / n, for shapes that differ in n alone at constant K n; None where there is no such family."""
+    plt = need("matplotlib.pyplot")
+    families = {}
+    for record in measured(result):
+        families.setdefault((record["T"], record["d"], record["K"] * record["n"]), []).append(record)
+    families = {key: records for key, records in families.items() if len({r["n"] for r in records}) > 1}
+    if not families:
+        return None
+    figure, axes = plt.subplots(2, len(families), figsize=(5 * len(families) + 1, 7), layout="constrained", squeeze=False, sharex="col")
+    for column, (key, records) in enumerate(sorted(families.items())):
+        for i, name in enumerate(dict.fromkeys(r["contestant"] for r in records)):
+            mine = sorted((r for r in records if r["contestant"] == name), key=lambda r: -r["n"])
+            x = [r["d"] / r["n"] for r in mine]
+            axes[0, column].plot(x, [r["total"]["throughput"] for r in mine], "o-", color=f"C{i}", label=name)
+            axes[1, column].plot(x, [r["saved_mib"] for r in mine], "o-", color=f"C{i}", label=name)
+        axes[0, column].set(title=f"T {key[0]}, d {key[1]}, K n {key[2]}", ylabel=f"forward + backward, {result['unit']}", ylim=(0, None), xscale="log")
+        axes[1, column].set(xlabel="granularity d / n", ylabel="saved for the backward, MiB", ylim=(0, None))
+        ticks = sorted({r["d"] / r["n"] for r in records})
+        axes[1, column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        for panel in axes[:, column]:
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    return save(figure, path)
+
+
+def plot(result, folder):
+    need("matplotlib").use("Agg")
+    if not measured(result):
+        return []
+    folder = Path(folder)
+    return [path for path in (bars(result, folder / "bars.png"), granularity(result, folder / "granularity.png")) if path]
