@@ -6,13 +6,10 @@ from ..errors import need
 from .checkpoint import write_atomically
 
 
-def smooth(values, weight=0.95):
-    """Exponential mean, corrected for its start."""
-    mean, norm, out = 0.0, 0.0, []
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        out.append(mean / norm)
-    return out
+def smooth(values):
+    """Mean over a centred window of 2 % of the run."""
+    half = max(1, len(values) // 100)
+    return [sum(window) / len(window) for i in range(len(values)) for window in [values[max(0, i - half) : i + half + 1]]]
 
 
 def plot_losses(path, runs, bigram):
@@ -32,8 +29,8 @@ def plot_losses(path, runs, bigram):
             axes.plot(*zip(*validation), "o--", color=color, markersize=4, label=f"{label}, validation")
     axes.axhline(bigram, color="0.4", linestyle=":", label=f"H(next byte | previous byte) = {bigram:.3f}")
     axes.set(xlabel="step", ylabel="loss, bits per byte")
-    top = max((r["train_loss"] for records in runs.values() for r in records if r.get("step", 0) > 20 and "train_loss" in r), default=8.0)
-    axes.set_ylim(0, min(8.5, max(top, bigram) * 1.15))
+    settled = [r.get("train_loss", r.get("val_loss")) for records in runs.values() for r in records if r["step"] > 20] or [8.0]
+    axes.set_ylim(0.9 * min(*settled, bigram), min(8.5, 1.1 * max(*settled, bigram)))
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
