@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/workspace.h"
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "moe.h"
 
@@ -176,7 +177,7 @@ const char* machmoe_build_info(void) {
   static const char* const cuda = "no CUDA";
 #endif
   static const std::string info =
-      fmt::format("machmoe {}.{}.{}, compiler {}, {}", MACHMOE_VERSION_MAJOR, MACHMOE_VERSION_MINOR, MACHMOE_VERSION_PATCH, __VERSION__, cuda);
+      fmt::format("machmoe {}.{}.{}, compiler {}, {}, {}", MACHMOE_VERSION_MAJOR, MACHMOE_VERSION_MINOR, MACHMOE_VERSION_PATCH, __VERSION__, cpu::gemm_description(), cuda);
   return info.c_str();
 }
 

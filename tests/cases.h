@@ -1,6 +1,8 @@
 // The case table: shapes x routing patterns x layouts x activations x biases, with fresh random data of unit variance.
 // Every test and driver of a whole layer runs over it.
 #pragma once
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -60,7 +62,7 @@ inline std::vector<Case> case_table() {
   for (const auto& [name, layout] : {std::pair{"Interleaved", Layout::Interleaved}, {"TwoTensors", Layout::TwoTensors}})
     cases.push_back({.name = name, .layout = layout, .bias = true});
   for (int64_t d : {8, 104})
-    for (int64_t n : {8, 72}) cases.push_back({.name = "d" + std::to_string(d) + "n" + std::to_string(n), .d = d, .n = n});
+    for (int64_t n : {8, 72}) cases.push_back({.name = fmt::format("d{}n{}", d, n), .d = d, .n = n});
   using A = ActivationKind;
   // The clamps lie midway between two bf16 numbers: the saved H is then on the same side of them as H.
   const std::pair<const char*, Activation> activations[] = {

@@ -19,11 +19,15 @@ inline void reference_activation(const Activation& act, double g, double u, doub
   const auto sig = [](double x) { return 1 / (1 + std::exp(-x)); };
   const auto gelu = [](double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); };
   const auto gelu_erf = [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); };
-  const double limit = act.limit > 0 ? act.limit : 1e300;
+  const bool clamps = act.limit > 0 && (act.kind == K::SwiGLU || act.kind == K::SwiGLUOai);
+  const double limit = clamps ? double(act.limit) : 1e300;
+  const double slope_g = g <= limit ? 1 : 0, slope_u = std::abs(u) <= limit ? 1 : 0;
+  g = std::min(g, limit);
+  u = std::clamp(u, -limit, limit);
   const auto f = [&](double gate, double up) {
     switch (act.kind) {
-      case K::SwiGLU: gate = std::min(gate, limit); return gate * sig(gate) * std::clamp(up, -limit, limit);
-      case K::SwiGLUOai: gate = std::min(gate, limit); return gate * sig(double(act.alpha) * gate) * (std::clamp(up, -limit, limit) + 1);
+      case K::SwiGLU: return gate * sig(gate) * up;
+      case K::SwiGLUOai: return gate * sig(double(act.alpha) * gate) * (up + 1);
       case K::GeGLU: return gelu(gate) * up;
       case K::ReGLU: return std::max(gate, 0.0) * up;
       case K::ReLU2: return std::max(up, 0.0) * std::max(up, 0.0);
@@ -37,8 +41,8 @@ inline void reference_activation(const Activation& act, double g, double u, doub
   const double step = 1e-5;   // central differences of order 4: an error of about 1e-11
   const auto derivative = [&](auto&& h) { return (8 * (h(step) - h(-step)) - (h(2 * step) - h(-2 * step))) / (12 * step); };
   a = f(g, u);
-  da_dg = act.gated() ? derivative([&](double x) { return f(g + x, u); }) : 0;
-  da_du = derivative([&](double x) { return f(g, u + x); });
+  da_dg = act.gated() ? slope_g * derivative([&](double x) { return f(g + x, u); }) : 0;
+  da_du = slope_u * derivative([&](double x) { return f(g, u + x); });
 }
 
 inline Reference reference(const Problem& p, bool with_addend) {

@@ -1,5 +1,6 @@
 // Activations, value and derivative, shared by the CPU and the GPU. fp32 on the GPU; the CPU's specification also runs fp64.
 #pragma once
+#include <bit>
 #include <cmath>
 
 #include "types.h"
@@ -15,19 +16,35 @@ namespace machmoe {
 // A and its derivatives by gate and up at one element. Plain activations read and differentiate `up` alone.
 template <class F> struct ActivationGrad { F a, d_gate, d_up; };
 
+// exp(x). fp32 on the host: a polynomial without branches (relative error 3e-7 on [-87, 88]), so that loops over it vectorise.
+MACHMOE_HD double exponential(double x) { return std::exp(x); }
+MACHMOE_HD float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);
+#else
+  x = x > 88.f ? 88.f : x;
+  x = x < -87.f ? -87.f : x;
+  const float shifted = x * 1.44269504f + 12582912.f;   // 1.5 2^23: the integer nearest to x / ln 2 stands in the low bits
+  const float k = shifted - 12582912.f, r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  const float p = 1.f + r * (1.f + r * (0.5f + r * (0.16666667f + r * (0.041666664f + r * (0.0083334519f + r * 0.0013930436f)))));
+  return p * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
+#endif
+}
+
 template <class F> MACHMOE_HD F sigmoid(F x) {
 #ifdef __CUDA_ARCH__
   return __fdividef(1.f, 1.f + __expf(-x));
 #else
-  return F(1) / (F(1) + std::exp(-x));
+  return F(1) / (F(1) + exponential(-x));
 #endif
 }
 
+// x / 2 (1 + tanh z) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3).
 template <class F> MACHMOE_HD F gelu_tanh(F x, F& derivative) {
-  const F c = F(0.7978845608028654), cubic = F(0.044715);   // sqrt(2 / pi)
-  const F t = std::tanh(c * (x + cubic * x * x * x));
-  derivative = F(0.5) * (F(1) + t) + F(0.5) * x * (F(1) - t * t) * c * (F(1) + F(3) * cubic * x * x);
-  return F(0.5) * x * (F(1) + t);
+  const F c = F(1.5957691216057308), cubic = F(0.044715);   // 2 sqrt(2 / pi)
+  const F s = sigmoid(c * (x + cubic * x * x * x));
+  derivative = s + x * s * (F(1) - s) * c * (F(1) + F(3) * cubic * x * x);
+  return x * s;
 }
 
 template <class F> MACHMOE_HD F gelu_erf(F x, F& derivative) {

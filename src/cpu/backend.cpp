@@ -1,11 +1,22 @@
 // The table of the CPU backend.
 #include "backend.h"
+#include "core/check.h"
 #include "cpu/experts.h"
 #include "cpu/router.h"
 #include "cpu/routing.h"
 #include "cpu/token_rounding.h"
 
 namespace machmoe {
+namespace {
+void check_shape(const Shape& s) {
+  validate(s);
+#ifdef __x86_64__
+  static const bool capable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  MACHMOE_SUPPORTED(capable, "this CPU has no AVX2 and FMA, expected x86-64-v3 (2013 or later)");
+#endif
+}
+}  // namespace
+
 const Backend& cpu_backend() {
   static constexpr Backend table = {
       .name = "cpu",
@@ -13,7 +24,7 @@ const Backend& cpu_backend() {
       .topk_scratch = [](int64_t T, int64_t E, int64_t K) { return cpu::topk_scratch(T, E, K); },
       .tiles_bytes = [](const Shape&) { return int64_t{0}; },
       .ds_parts = [](const Shape& s) { return cpu::ds_parts(s); },
-      .check_shape = [](const Shape& s) { validate(s); },
+      .check_shape = check_shape,
       .index_topk = checked<cpu::index_topk>,
       .index_lists = checked<cpu::index_lists>,
       .index_rows = checked<cpu::index_rows>,
