@@ -5,13 +5,12 @@ Frobenius error of the output and of every gradient, and bit equality of a secon
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
-
-import torch
-import torch.nn.functional as F
 
 import machmoe
+import torch
+import torch.nn.functional as F
 
 from .errors import need
 
@@ -270,7 +269,7 @@ def examine(name, make, dtype, generator):
         names = [*case.outputs, *("d" + leaf for leaf in case.leaves)]
         result.errors = {key: relative_error(*pair) for key, *pair in zip(names, ours, reference)}
         result.same_bits = all(torch.equal(a, b) for a, b in zip(ours, again))
-    except Exception as error:  # the table shows what failed and goes on
+    except Exception as error:  # noqa: BLE001  the table shows what failed and goes on
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
     return result
 

@@ -27,9 +27,8 @@ def package_version(name):
 
 def collect():
     """{section: {key: value}}, JSON-ready."""
-    import torch
-
     import machmoe
+    import torch
 
     devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):

@@ -5,10 +5,9 @@ import json
 import subprocess
 import sys
 
+import machmoe
 import pytest
 import torch
-
-import machmoe
 from machmoe import check, errors
 from machmoe.bench import command as bench
 from machmoe.bench.contestants import CONTESTANTS, Problem
@@ -22,7 +21,7 @@ SMALL = ["--thiek", "64,32,16,4,2", "--budget-ms", "1"]
 
 # ---- the command line ------------------------------------------------------------------------------------------------------------
 def test_the_module_runs_and_names_its_commands():
-    done = subprocess.run([sys.executable, "-m", "machmoe", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "machmoe", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert all(command in done.stdout for command in COMMANDS)
 

@@ -2,16 +2,17 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-
 from machmoe.cli import main
 from machmoe.errors import UserError
 from machmoe.train import checkpoint
@@ -82,6 +83,17 @@ def test_machmoe_and_torch_experts_follow_the_same_curve(tmp_path):
     ours, theirs = losses(tmp_path / "machmoe"), losses(tmp_path / "torch")
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[s] - theirs[s]) for s in ours) < 1e-3
+
+
+def test_a_terminal_gets_a_progress_bar_and_a_pipe_gets_lines(tmp_path):
+    command = [sys.executable, "-m", "machmoe", "train", *flags(experts="torch")]
+    piped = subprocess.run([*command, "--out", str(tmp_path / "piped")], capture_output=True, text=True, check=True)
+    assert "step 12/12" in piped.stdout and "ETA" in piped.stdout
+    terminal, other_end = pty.openpty()
+    subprocess.run([*command, "--out", str(tmp_path / "terminal")], stdout=subprocess.DEVNULL, stderr=other_end, check=True)
+    bar = os.read(terminal, 1 << 16).decode()
+    os.close(terminal), os.close(other_end)
+    assert "12/12" in bar and "tokens/s" in bar
 
 
 # ---- interruption and resume -----------------------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ def test_batches_visit_every_window_once_an_epoch_and_continue_at_a_position():
     first = [batches.next()[0][:, 0].tolist() for _ in range(4)]
     assert batches.per_epoch == 8
     starts = sorted(s for pair in first for s in pair)
-    assert all(b - a == 10 for a, b in zip(starts, starts[1:]))
+    assert all(b - a == 10 for a, b in pairwise(starts))
     later = batches.next()[0]
     again = Batches(data, context=10, batch=2, seed=3, device="cpu")
     again.position = 8
@@ -293,7 +305,7 @@ def test_learning_rate_rises_then_falls_to_its_share():
     config = Config(steps=100, warmup=10, lr=1.0, min_lr=0.1)
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[9] == max(rates) == 1.0 and rates[0] == 0.1
-    assert rates[100] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert rates[100] == pytest.approx(0.1) and all(a >= b for a, b in pairwise(rates[9:]))
 
 
 def test_two_choices_of_experts_start_from_the_same_weights():

@@ -63,7 +63,7 @@ def measure_shape(shape, names, arguments, device, dtype):
             contestant = CONTESTANTS[name](problem)
             contestant.backward(contestant.forward())
             contestants[name] = contestant
-        except Exception as error:  # a rival that does not run here
+        except Exception as error:  # noqa: BLE001  a rival that does not run here
             records[name] = sizes | {"contestant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     times = time_all(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
     scale = 1e-9 if device.type == "cuda" else 1e-6   # FLOP/ms -> TFLOP/s, GFLOP/s
@@ -100,9 +100,9 @@ def show(records, unit, on_cuda):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     digits = 3 if on_cuda else 1
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    pair = lambda times: f"{times['min_ms']:.{digits}f} / {times['median_ms']:.{digits}f}"
     for r in (r for r in records if "error" not in r):
-        pair = lambda kind: f"{r[kind]['min_ms']:.{digits}f} / {r[kind]['median_ms']:.{digits}f}"
-        row = [r["contestant"], pair("forward"), pair("backward"), f"{r['forward']['throughput']:.0f}", f"{r['backward']['throughput']:.0f}",
+        row = [r["contestant"], pair(r["forward"]), pair(r["backward"]), f"{r['forward']['throughput']:.0f}", f"{r['backward']['throughput']:.0f}",
                number(r["total"]["median_ms"], digits), number(r["time_over_dense"], 3), number(r["time_over_machmoe"], 3),
                number(r.get("layer", {}).get("median_ms"), digits), f"{r['saved_mib']:.1f}"]
         if on_cuda:

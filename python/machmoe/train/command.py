@@ -127,10 +127,9 @@ def summarise(trainers, seconds):
     table = need("rich.table").Table(title=f"{seconds / 60:.1f} minutes, losses in bits/byte")
     for column in ("", "training, last 100 steps", "validation", "H(next | previous)", "tokens/s"):
         table.add_column(column, justify="left" if not column else "right")
-    base = None
+    base = next(iter(trainers.values()))
+    relative = lambda value, first: "" if value == first else f" ({value / first - 1:+.2%})"
     for choice, trainer in trainers.items():
-        base = base or trainer
-        relative = lambda a, b: f" ({a / b - 1:+.2%})" if trainer is not base else ""
         table.add_row(choice or trainer.config.experts, f"{last_mean(read_metrics(trainer.run / 'metrics.jsonl')):.3f}",
                       f"{trainer.val_loss:.3f}{relative(trainer.val_loss, base.val_loss)}", f"{trainer.bigram:.3f}",
                       f"{trainer.tokens_per_s:,.0f}{relative(trainer.tokens_per_s, base.tokens_per_s)}")

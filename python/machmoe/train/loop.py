@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import signal
 import sys
 import time
@@ -65,15 +66,17 @@ class Progress:
     def __init__(self, config, start, plain):
         self.config, self.bar = config, None
         if not plain and sys.stderr.isatty():
-            self.bar = need("tqdm").tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+            size = shutil.get_terminal_size()   # tqdm would draw nothing on a terminal that does not tell its size
+            self.bar = need("tqdm").tqdm(total=config.steps, initial=start, unit="step", ncols=size.columns, nrows=size.lines)
 
     def report(self, step, loss, val_loss, tokens_per_s):
+        validation = "" if math.isnan(val_loss) else f"  val {val_loss:.3f}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f} val {val_loss:.3f} bits/byte, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}{validation} bits/byte, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
             return
         left = (self.config.steps - step) * self.config.tokens_per_step / max(tokens_per_s, 1e-9)
-        print(f"step {step}/{self.config.steps}  loss {loss:.3f}  val {val_loss:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  ETA {left:.0f} s", flush=True)
+        print(f"step {step}/{self.config.steps}  loss {loss:.3f}{validation} bits/byte  {tokens_per_s:,.0f} tokens/s  ETA {left:.0f} s", flush=True)
 
     def close(self):
         if self.bar is not None:

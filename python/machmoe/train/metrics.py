@@ -16,7 +16,7 @@ class Metrics:
             write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.pending = []
         try:
-            self.file = open(self.path, "ab", buffering=0)
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  closed by close()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 

@@ -54,7 +54,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.moe(self.moe_norm(x))
+        y, balance = self.moe(self.moe_norm(x))
+        return x + y, balance
 
 
 class LanguageModel(nn.Module):
@@ -70,19 +71,19 @@ class LanguageModel(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens):
-        """tokens [B, S] -> logits [B, S, 256]."""
+        """tokens [B, S] -> logits [B, S, 256] and the mean load-balance loss of the layers."""
         length = tokens.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
-        x = self.embedding(tokens)
+        x, balances = self.embedding(tokens), []
         for block in self.blocks:
-            x = block(x, cos, sin)
-        return self.head(self.norm(x))
+            x, balance = block(x, cos, sin)
+            balances.append(balance)
+        return self.head(self.norm(x)), torch.stack(balances).mean()
 
     def loss(self, tokens, targets):
-        """Mean cross-entropy in nats, and the mean load-balance loss of the layers."""
-        logits = self(tokens)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return cross_entropy, torch.stack([block.moe.aux for block in self.blocks]).mean()
+        """Mean cross-entropy in nats, and the load-balance loss."""
+        logits, balance = self(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), balance
 
     @torch.no_grad()
     def initialise(self, seed):
@@ -111,6 +112,6 @@ class LanguageModel(nn.Module):
         text = list(prompt)
         for _ in range(length):
             tokens = torch.tensor([text[-self.config.context:]], device=device)
-            logits = self(tokens)[0, -1].float().cpu()
+            logits = self(tokens)[0][0, -1].float().cpu()
             text.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
         return bytes(text)
