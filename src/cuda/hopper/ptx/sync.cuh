@@ -1,0 +1,24 @@
+// Named barriers, register hand-over, proxy fences, clusters and dependent launches.
+#pragma once
+#include "device.cuh"
+
+namespace machmoe::cuda::hopper {
+
+// Orders this thread's shared-memory accesses before those of the async proxy (wgmma operands, tensor copies).
+DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEV void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Registers per thread of this warpgroup from now on.
+template <int N> DEV void reg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEV void reg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+DEV uint32_t cluster_ctarank() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+DEV void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Programmatic dependent launch: waits for the kernels before this one; lets the kernel after this one start its prologue.
+DEV void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEV void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+}  // namespace machmoe::cuda::hopper

@@ -1,0 +1,19 @@
+// bf16 pairs as stmatrix and ldmatrix move them, and where a lane's rows lie in a swizzled box.
+// Accumulator of m64nN: lane l of warp w holds rows 16 w + l / 4 (d[4 j], d[4 j + 1]) and + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 (l % 4) and + 1.
+#pragma once
+#include "cuda/hopper/ptx/device.cuh"
+#include "cuda/hopper/tile/swizzle.h"
+
+namespace machmoe::cuda::hopper {
+
+DEV uint32_t pack(float a, float b) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+DEV float2 unpack(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
+
+// stmatrix_x4 and ldmatrix_x4 of column blocks j and j + 1 (8 columns each) of 16 rows: matrices (rows low, j), (high, j), (low, j + 1), (high, j + 1).
+// Byte offset of the row that this lane addresses, in a box of kColumns bf16 columns.
+template <int kColumns> DEV uint32_t matrix_offset(int lane, int j) { return swizzled(lane & 15, j + (lane >> 4), 2 * kColumns); }
+
+}  // namespace machmoe::cuda::hopper
