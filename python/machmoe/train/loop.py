@@ -67,7 +67,8 @@ class Progress:
         self.config, self.bar = config, None
         if not plain and sys.stderr.isatty():
             size = shutil.get_terminal_size()   # tqdm would draw nothing on a terminal that does not tell its size
-            self.bar = need("tqdm").tqdm(total=config.steps, initial=start, unit="step", ncols=size.columns, nrows=size.lines)
+            self.bar = need("tqdm").tqdm(total=config.steps, initial=start, ncols=size.columns, nrows=size.lines,
+                                        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
 
     def report(self, step, loss, val_loss, tokens_per_s):
         validation = "" if math.isnan(val_loss) else f"  val {val_loss:.3f}"
