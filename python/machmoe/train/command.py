@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -95,46 +96,49 @@ def train(trainer, plain):
     describe(trainer)
     began = time.perf_counter()
     trainer.train(plain)
-    summarise({"": trainer}, time.perf_counter() - began)
+    summarise({trainer.config.experts: outcome(trainer)}, time.perf_counter() - began)
     if trainer.config.sample > 0:
         print(f"sample at temperature 0.8:\n{trainer.sample()}")
 
 
 def compare(configs, folder, plain):
-    trainers, corpus, began = {}, None, time.perf_counter()
+    outcomes, corpus, began = {}, None, time.perf_counter()
     for choice, config in configs.items():
         print(f"== {choice}")
         trainer = fresh(config, folder / choice, corpus)
         corpus = trainer.corpus
         describe(trainer)
         trainer.train(plain)
-        trainers[choice] = trainer
-    records = {choice: read_metrics(trainer.run / "metrics.jsonl") for choice, trainer in trainers.items()}
-    plot_losses(folder / "compare.png", records, trainer.bigram)
-    summarise(trainers, time.perf_counter() - began)
-    rows = {choice: {"val_loss": t.val_loss, "tokens_per_s": t.tokens_per_s, "last_100_steps": last_mean(records[choice]), "bigram": t.bigram}
-            for choice, t in trainers.items()}
-    checkpoint.write_atomically(folder / "compare.json", json.dumps(rows, indent=1).encode())
+        outcomes[choice] = outcome(trainer)
+        del trainer   # its memory must not count as the next one's
+    plot_losses(folder / "compare.png", {choice: read_metrics(folder / choice / "metrics.jsonl") for choice in configs}, outcomes[choice]["bigram"])
+    checkpoint.write_atomically(folder / "compare.json", json.dumps(outcomes, indent=1).encode())
+    summarise(outcomes, time.perf_counter() - began)
     print(f"curves  {folder / 'compare.png'}")
 
 
-def last_mean(records, count=100):
-    losses = [r["train_loss"] for r in records if "train_loss" in r][-count:]
-    return sum(losses) / len(losses)
+def outcome(trainer):
+    """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports: neither compilation nor a busy moment counts."""
+    records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if "train_loss" in r]
+    last = [r["train_loss"] for r in records[-100:]]
+    return {"run": str(trainer.run), "train_loss": sum(last) / len(last), "val_loss": trainer.val_loss, "bigram": trainer.bigram,
+            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records), "peak_mib": trainer.peak_mib}
 
 
-def summarise(trainers, seconds):
+def summarise(outcomes, seconds):
     table = need("rich.table").Table(title=f"{seconds / 60:.1f} minutes, losses in bits/byte")
-    for column in ("", "training, last 100 steps", "validation", "H(next | previous)", "tokens/s"):
-        table.add_column(column, justify="left" if not column else "right")
-    base = next(iter(trainers.values()))
-    relative = lambda value, first: "" if value == first else f" ({value / first - 1:+.2%})"
-    for choice, trainer in trainers.items():
-        table.add_row(choice or trainer.config.experts, f"{last_mean(read_metrics(trainer.run / 'metrics.jsonl')):.3f}",
-                      f"{trainer.val_loss:.3f}{relative(trainer.val_loss, base.val_loss)}", f"{trainer.bigram:.3f}",
-                      f"{trainer.tokens_per_s:,.0f}{relative(trainer.tokens_per_s, base.tokens_per_s)}")
+    columns = {"train_loss": ("training,\nlast 100 steps", ".3f"), "val_loss": ("\nvalidation", ".3f"), "bigram": ("\nH(next | previous)", ".3f"),
+               "tokens_per_s": ("\ntokens/s", ",.0f"), "peak_mib": ("peak memory,\nMiB", ",.0f")}
+    first = next(iter(outcomes.values()))
+    columns = {key: column for key, column in columns.items() if first[key] is not None}
+    table.add_column("")
+    for title, _ in columns.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for choice, values in outcomes.items():
+        relative = {key: "" if values[key] == first[key] else f" ({values[key] / first[key] - 1:+.2%})" for key in columns}
+        table.add_row(choice, *(format(values[key], style) + relative[key] for key, (_, style) in columns.items()))
     need("rich.console").Console().print(table)
-    for trainer in trainers.values():
-        print(f"files   {trainer.run}: {checkpoint.checkpoints(trainer.run)[-1].name}, metrics.jsonl, loss.png")
-        if trainer.val_loss >= trainer.bigram:
-            print(f"note    the validation loss did not get below the bigram entropy; train longer (--steps {2 * trainer.config.steps})")
+    for values in outcomes.values():
+        print(f"files   {values['run']}: {checkpoint.find(values['run']).name}, metrics.jsonl, loss.png")
+        if values["val_loss"] >= values["bigram"]:
+            print("note    the validation loss did not get below the bigram entropy; train longer (--steps)")

@@ -60,6 +60,8 @@ class Config:
                 raise UserError(f"{flag(name)} is '{getattr(self, name)}'; choose one of {', '.join(choices)}")
         if self.routing == "token-rounding" and self.experts == "torch":
             raise UserError("--routing token-rounding needs --experts machmoe: torch has no token rounding")
+        if self.compile and self.experts == "torch" and self.dtype != "bf16":
+            raise UserError("--compile with --experts torch needs --dtype bf16: torch cannot compile its grouped_mm in fp32")
         if self.device.startswith("cuda") and self.experts == "machmoe" and self.dtype != "bf16":
             raise UserError("--experts machmoe on CUDA computes in bf16 (weights stay fp32): use --dtype bf16, or --experts torch for the reference")
         return self

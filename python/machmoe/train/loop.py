@@ -102,7 +102,7 @@ class Trainer:
         self.model.to(self.device)
         self.optimiser = adamw(self.model, config)
         self.batches = Batches(self.corpus.train, config.context, config.batch, config.seed, self.device)
-        self.step, self.seconds, self.val_loss = 0, 0.0, float("nan")
+        self.step, self.val_loss, self.peak_mib = 0, float("nan"), None
         if state is not None:
             self.restore(state)
         self.loss = torch.compile(self.model.loss) if config.compile else self.model.loss
@@ -111,7 +111,7 @@ class Trainer:
     def state(self):
         return {
             "config": self.config.to_dict(), "corpus": self.corpus.digest, "step": self.step, "position": self.batches.position,
-            "seconds": self.seconds, "val_loss": self.val_loss, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "val_loss": self.val_loss, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
@@ -121,7 +121,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.batches.position = state["step"], state["position"]
-        self.seconds, self.val_loss = state["seconds"], state["val_loss"]
+        self.val_loss = state["val_loss"]
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
@@ -164,6 +164,8 @@ class Trainer:
         config = self.config
         self.metrics = Metrics(self.run, self.step)
         self.saved_step = self.step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         progress = Progress(config, self.step, plain)
         losses, began = [], time.perf_counter()
 
@@ -172,7 +174,6 @@ class Trainer:
             nonlocal losses, began
             values = (torch.stack(losses) * BITS).tolist() if losses else []
             elapsed = time.perf_counter() - began
-            self.seconds += elapsed
             first = self.step - len(values)
             speed = len(values) * config.tokens_per_step / elapsed if values else 0.0
             for i, value in enumerate(values):
@@ -202,9 +203,13 @@ class Trainer:
                     if self.saved_step != self.step:
                         self.save()
                     raise Interrupted(f"stopped at step {self.step}; continue with --resume {self.run}")
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{config.device} ran out of memory at step {self.step + 1}: lower --batch ({config.batch}) or --context ({config.context})") from error
         finally:
             progress.close()
             self.metrics.close()
+        if self.device.type == "cuda":
+            self.peak_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
         self.plot()
 
     def plot(self):
@@ -217,7 +222,3 @@ class Trainer:
             text = self.model.sample(prompt, self.config.sample, self.config.seed)
         self.model.train()
         return text.decode("utf-8", errors="replace")
-
-    @property
-    def tokens_per_s(self):
-        return self.step * self.config.tokens_per_step / self.seconds if self.seconds else 0.0
