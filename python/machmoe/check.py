@@ -16,7 +16,7 @@ from .errors import need
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 
-ACTIVATIONS = {   # gate and up -> A in fp64; without a gate the first argument is None
+ACTIVATIONS = {  # gate and up -> A in fp64; without a gate the first argument is None
     "swiglu": lambda g, u: F.silu(g) * u,
     "swiglu_oai": lambda g, u: (u.clamp(-7, 7) + 1) * g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7)),
     "geglu": lambda g, u: F.gelu(g, approximate="tanh") * u,
@@ -35,9 +35,9 @@ RULES = ("nr_f", "sr_f", "nr_s", "up", "down", "balance_f")
 @dataclass
 class Case:
     name: str
-    leaves: dict                 # name -> tensor that gets a gradient
-    ours: Callable               # leaves in their own types -> output or outputs
-    reference: Callable          # the same leaves in fp64 -> output or outputs
+    leaves: dict  # name -> tensor that gets a gradient
+    ours: Callable  # leaves in their own types -> output or outputs
+    reference: Callable  # the same leaves in fp64 -> output or outputs
     outputs: tuple = ("O",)
 
 
@@ -45,7 +45,7 @@ class Case:
 class Result:
     case: str
     dtype: torch.dtype
-    errors: dict = field(default_factory=dict)   # O, dX, ... -> relative error
+    errors: dict = field(default_factory=dict)  # O, dX, ... -> relative error
     same_bits: bool = False
     failure: str = ""
 
@@ -56,7 +56,9 @@ class Result:
 
 # ---- the reference -----------------------------------------------------------------------------------------------------------------
 def expert_rows(x, gate, up, w2, e, activation, b1=None, b2=None):
-    h = lambda w, bias: x @ w[e].t() + (0 if bias is None else bias[e])
+    def h(w, bias):
+        return x @ w[e].t() + (0 if bias is None else bias[e])
+
     b_gate, b_up = (None, b1) if b1 is None or gate is None else b1.chunk(2, dim=1)
     a = ACTIVATIONS[activation](None if gate is None else h(gate, b_gate), h(up, b_up))
     return a @ w2[e].t() + (0 if b2 is None else b2[e])
@@ -134,9 +136,16 @@ class Data:
         if addend:
             leaves["addend"] = self.normal(*self.x.shape)
         options = {"activation": activation, "recompute": recompute} | ({} if layout == "pair" else {"w1_layout": layout})
-        extra = lambda v: {key: v[key] for key in ("b1", "b2", "addend") if key in v}
-        return Case(name, leaves, lambda v: machmoe.experts(v["X"], ours_w1(v), v["W2"], ids, v["S"], **options, **extra(v)),
-                    lambda v: reference_experts(v["X"], *planes(v), v["W2"], token, ids.flatten(), v["S"].flatten(), activation, **extra(v)))
+
+        def extra(v):
+            return {key: v[key] for key in ("b1", "b2", "addend") if key in v}
+
+        return Case(
+            name,
+            leaves,
+            lambda v: machmoe.experts(v["X"], ours_w1(v), v["W2"], ids, v["S"], **options, **extra(v)),
+            lambda v: reference_experts(v["X"], *planes(v), v["W2"], token, ids.flatten(), v["S"].flatten(), activation, **extra(v)),
+        )
 
     def lists_case(self):
         """Any (token, expert, score) list in any order: here half of all pairs, tokens with 0 to E rows."""
@@ -151,7 +160,9 @@ class Data:
             routing = machmoe.Routing.from_lists(token, expert, v["S"], self.T, self.E)
             return machmoe.experts_general(v["X"], v["W1"], v["W2"], routing)
 
-        return Case("experts_general, lists", leaves, ours, lambda v: reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], token, expert, v["S"]))
+        return Case(
+            "experts_general, lists", leaves, ours, lambda v: reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], token, expert, v["S"])
+        )
 
     def rounding_case(self, rule, tile=16):
         scores = self.logits.softmax(-1)
@@ -167,7 +178,9 @@ class Data:
                 score = score / torch.zeros(self.T, dtype=score.dtype, device=score.device).index_add(0, token, score)[token]
             return reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], token, expert, score)
 
-        ours = lambda v: machmoe.experts_general(v["X"], v["W1"], v["W2"], machmoe.token_round(v["S"], self.K, tile, **options))
+        def ours(v):
+            return machmoe.experts_general(v["X"], v["W1"], v["W2"], machmoe.token_round(v["S"], self.K, tile, **options))
+
         return Case(f"token_round, {rule}", leaves, ours, reference)
 
     def rows_case(self):
@@ -179,8 +192,12 @@ class Data:
         score = torch.rand(self.T, generator=self.generator).to(self.device)
         leaves = {"X": self.x, "W1": self.w1, "W2": self.w2, "S": score}
         token = torch.arange(used, device=self.device)
-        return Case("grouped_mlp, dispatched rows", leaves, lambda v: machmoe.grouped_mlp(v["X"], counts, v["W1"], v["W2"], row_scores=v["S"]),
-                    lambda v: reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], token, expert, v["S"]))
+        return Case(
+            "grouped_mlp, dispatched rows",
+            leaves,
+            lambda v: machmoe.grouped_mlp(v["X"], counts, v["W1"], v["W2"], row_scores=v["S"]),
+            lambda v: reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], token, expert, v["S"]),
+        )
 
     def route_case(self, router):
         ids = self.logits.topk(self.K).indices
@@ -243,7 +260,7 @@ def evaluate(function, leaves, outer, cast=lambda tensor: tensor):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if outer is None:
         return outputs
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), [cast(g).to(o.dtype) for g, o in zip(outer, outputs)])
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), [cast(g).to(o.dtype) for g, o in zip(outer, outputs, strict=True)])
     return [tensor.detach() for tensor in (*outputs, *gradients)]
 
 
@@ -267,8 +284,8 @@ def examine(name, make, dtype, generator):
         reference = evaluate(case.reference, case.leaves, outer, torch.Tensor.double)
         ours, again = (evaluate(case.ours, case.leaves, outer) for _ in range(2))
         names = [*case.outputs, *("d" + leaf for leaf in case.leaves)]
-        result.errors = {key: relative_error(*pair) for key, *pair in zip(names, ours, reference)}
-        result.same_bits = all(torch.equal(a, b) for a, b in zip(ours, again))
+        result.errors = {key: relative_error(*pair) for key, *pair in zip(names, ours, reference, strict=True)}
+        result.same_bits = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     except Exception as error:  # noqa: BLE001  the table shows what failed and goes on
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
     return result

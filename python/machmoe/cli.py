@@ -19,7 +19,7 @@ def build_parser(command):
     parser = argparse.ArgumentParser(prog="python -m machmoe", description="Mixture-of-Experts layers: train, measure, verify.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, (module, text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == command:
             implementation = importlib.import_module("." + module, __package__)
             implementation.add_arguments(sub)

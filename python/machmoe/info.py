@@ -38,8 +38,13 @@ def collect():
         "build": {"machmoe": machmoe.__version__, "library": machmoe.build_info()},
         "backends": {name: "available" if machmoe.device_available(name) else machmoe.device_reason(name) for name in ("cpu", "cuda")},
         "devices": devices,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torch's CUDA": torch.version.cuda, "platform": platform.platform(),
-                     **{name: package_version(name) for name in ("numpy", "rich", "tqdm", "matplotlib", "sonic-moe")}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch's CUDA": torch.version.cuda,
+            "platform": platform.platform(),
+            **{name: package_version(name) for name in ("numpy", "rich", "tqdm", "matplotlib", "sonic-moe")},
+        },
     }
 
 

@@ -53,7 +53,7 @@ def test_info_tells_build_backends_devices_and_versions(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["build"]["machmoe"] == machmoe.__version__
     assert facts["backends"]["cpu"] == "available"
-    assert facts["backends"]["cuda"]   # available, or the reason why not
+    assert facts["backends"]["cuda"]  # available, or the reason why not
     assert "threads" in facts["devices"]["cpu"]
     assert facts["versions"]["torch"] == torch.__version__
 
@@ -100,7 +100,9 @@ def test_a_rival_that_fails_is_reported_and_stops_nobody(tmp_path, capsys):
     assert "dense bmm did not run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--shape", "7B"], ["--thiek", "1,2,3"], ["--thiek", "64,32,16,4,5"], ["--contestants", "cutlass"], ["--plot", "nowhere.json"]])
+@pytest.mark.parametrize(
+    "words", [["--shape", "7B"], ["--thiek", "1,2,3"], ["--thiek", "64,32,16,4,5"], ["--contestants", "cutlass"], ["--plot", "nowhere.json"]]
+)
 def test_bench_refuses_what_it_does_not_know(words, capsys):
     assert main(["bench", *words]) == 2
     assert words[1].split(",")[0] in capsys.readouterr().err
@@ -108,7 +110,9 @@ def test_bench_refuses_what_it_does_not_know(words, capsys):
 
 @pytest.mark.parametrize("pattern", bench.PATTERNS)
 def test_every_routing_pattern_can_be_timed(pattern, tmp_path):
-    assert main(["bench", "--thiek", "256,32,16,4,2", "--budget-ms", "1", "--routing", pattern, "--contestants", "machmoe", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["bench", "--thiek", "256,32,16,4,2", "--budget-ms", "1", "--routing", pattern, "--contestants", "machmoe", "--out", str(tmp_path)]) == 0
+    )
     (record,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert record["rows"] == 512 or pattern == "rounded"
 
@@ -141,16 +145,25 @@ def test_the_dense_yardstick_computes_a_balanced_layer_with_unit_scores():
         gate, up = h.chunk(2, dim=1)
         expected = expected + torch.einsum("tdn,tn->td", w2[expert[:, k]], torch.nn.functional.silu(gate) * up)
     assert torch.allclose(o, expected)
-    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (x, w1, w2), problem.d_o)):
-        assert check.relative_error(ours, theirs) < 1e-5   # the SwiGLU gradient is computed in fp32
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (x, w1, w2), problem.d_o), strict=True):
+        assert check.relative_error(ours, theirs) < 1e-5  # the SwiGLU gradient is computed in fp32
 
 
 def test_the_floor_of_the_h200_shapes():
     """Forward and backward in ms, as published for the official package's comparison."""
     published = {
-        "30B-n1024-K4": (4.49, 8.66), "30B-n512-K8": (4.74, 8.91), "30B-n256-K16": (5.24, 9.41), "7B-n1024-K2": (0.64, 1.23), "7B-n512-K4": (0.67, 1.26),
-        "7B-n256-K8": (0.75, 1.33), "1.4B-n256-K8": (0.63, 1.17), "OLMoE-1B-7B": (4.46, 8.63), "Qwen3-30B-A3B": (3.41, 6.54),
-        "Qwen3-Next-80B": (2.95, 5.56), "gpt-oss-20b": (8.48, 16.73), "DeepSeek-V3": (15.11, 29.72),
+        "30B-n1024-K4": (4.49, 8.66),
+        "30B-n512-K8": (4.74, 8.91),
+        "30B-n256-K16": (5.24, 9.41),
+        "7B-n1024-K2": (0.64, 1.23),
+        "7B-n512-K4": (0.67, 1.26),
+        "7B-n256-K8": (0.75, 1.33),
+        "1.4B-n256-K8": (0.63, 1.17),
+        "OLMoE-1B-7B": (4.46, 8.63),
+        "Qwen3-30B-A3B": (3.41, 6.54),
+        "Qwen3-Next-80B": (2.95, 5.56),
+        "gpt-oss-20b": (8.48, 16.73),
+        "DeepSeek-V3": (15.11, 29.72),
     }
     assert list(published) == H200_SHAPES
     for name, expected in published.items():
@@ -171,7 +184,8 @@ def test_check_passes_here_within_seconds(capsys):
 
 def test_check_covers_every_activation_router_rule_and_entry_point():
     names = " ".join(name for name, _ in check.build_cases(torch.float32, torch.device("cpu")))
-    for word in (*check.ACTIVATIONS, *check.ROUTERS, *check.RULES, "experts_general", "grouped_mlp", "token_round", "route", "layer", "interleaved", "pair", "recompute"):
+    entries = ("experts_general", "grouped_mlp", "token_round", "route", "layer", "interleaved", "pair", "recompute")
+    for word in (*check.ACTIVATIONS, *check.ROUTERS, *check.RULES, *entries):
         assert word in names
 
 

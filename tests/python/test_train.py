@@ -22,13 +22,32 @@ from machmoe.train.loop import BITS, Trainer, learning_rate
 from machmoe.train.metrics import read as read_metrics
 from machmoe.train.model import LanguageModel
 
-TINY = {"layers": 1, "d": 32, "n": 16, "num_experts": 4, "k": 2, "heads": 2, "context": 32, "batch": 4, "steps": 12, "warmup": 3,
-        "val_every": 6, "val_sequences": 8, "checkpoint_every": 4, "log_every": 2, "sample": 20, "corpus_mb": 0.2}
+TINY = {
+    "layers": 1,
+    "d": 32,
+    "n": 16,
+    "num_experts": 4,
+    "k": 2,
+    "heads": 2,
+    "context": 32,
+    "batch": 4,
+    "steps": 12,
+    "warmup": 3,
+    "val_every": 6,
+    "val_sequences": 8,
+    "checkpoint_every": 4,
+    "log_every": 2,
+    "sample": 20,
+    "corpus_mb": 0.2,
+}
 BOTH = pytest.mark.parametrize("experts", ["torch", "machmoe"])
 
 
 def flags(**changes):
-    return [word for name, value in (TINY | changes).items() for word in ("--" + name.replace("_", "-"), str(value))]
+    words = []
+    for name, value in (TINY | changes).items():
+        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
 
 
 def train(out, *extra, **changes):
@@ -227,7 +246,16 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, named", [({"k": 9}, "--k"), ({"d": 30}, "--d"), ({"batch": 0}, "--batch"), ({"experts": "torch", "routing": "token-rounding"}, "--routing")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"k": 9}, "--k"),
+        ({"d": 30}, "--d"),
+        ({"batch": 0}, "--batch"),
+        ({"experts": "torch", "routing": "token-rounding"}, "--routing"),
+        ({"experts": "torch", "compile": True}, "--compile"),
+    ],
+)
 def test_impossible_settings_name_the_flag(tmp_path, capsys, change, named):
     assert train(tmp_path / "run", **change) == 2
     assert named in capsys.readouterr().err

@@ -16,11 +16,12 @@ SCHEMA = 1
 
 
 def add_arguments(parser):
-    parser.add_argument("--shape", action="append", metavar="NAME", help=f"a shape by name, repeatable; 'all' = the 12 of the H200 tables. Names: {', '.join(SHAPES)} (default: cpu, on CUDA all)")
-    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="a shape by its sizes: tokens, hidden, intermediate, experts, active; repeatable")
+    names = f"a shape by name, repeatable; 'all' = the 12 of the H200 tables (default: cpu, on CUDA all). Names: {', '.join(SHAPES)}"
+    parser.add_argument("--shape", action="append", metavar="NAME", help=names)
+    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="a shape by its sizes, repeatable")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<i>")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on CUDA, fp32 on the CPU")
-    parser.add_argument("--routing", choices=PATTERNS, default="random", help="random top-K, balanced, skewed (p_e ~ 1/e), or rounded (token rounding, machmoe only)")
+    parser.add_argument("--routing", choices=PATTERNS, default="random", help="skewed: p_e ~ 1/e; rounded: token rounding, machmoe only")
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
     parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
@@ -55,6 +56,7 @@ def measure_shape(shape, names, arguments, device, dtype):
     """A record for each contestant; one that fails is reported with its error and does not stop the others."""
     from .contestants import CONTESTANTS, Problem
     from .measure import host_cost, memory, time_all
+
     problem = Problem(shape, arguments.routing, dtype, device)
     sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E, "K": shape.K}
     contestants, records = {}, {}
@@ -66,7 +68,7 @@ def measure_shape(shape, names, arguments, device, dtype):
         except Exception as error:  # noqa: BLE001  a rival that does not run here
             records[name] = sizes | {"contestant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     times = time_all(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
-    scale = 1e-9 if device.type == "cuda" else 1e-6   # FLOP/ms -> TFLOP/s, GFLOP/s
+    scale = 1e-9 if device.type == "cuda" else 1e-6  # FLOP/ms -> TFLOP/s, GFLOP/s
     for name, contestant in contestants.items():
         record = sizes | {"contestant": name, "rows": contestant.rows, **times[name]}
         record["total"] = {key: record["forward"][key] + record["backward"][key] for key in ("min_ms", "median_ms")}
@@ -75,8 +77,9 @@ def measure_shape(shape, names, arguments, device, dtype):
             if kind in record:
                 record[kind]["throughput"] = factor * flops / record[kind]["median_ms"] * scale
         if device.type == "cuda":
-            for kind, floor in (("forward", floor_ms(shape, False)), ("backward", floor_ms(shape, True)), ("total", floor_ms(shape, False) + floor_ms(shape, True))):
-                record[kind]["floor_share"] = floor / record[kind]["median_ms"]
+            floor = {"forward": floor_ms(shape, False), "backward": floor_ms(shape, True)}
+            for kind, ms in (floor | {"total": sum(floor.values())}).items():
+                record[kind]["floor_share"] = ms / record[kind]["median_ms"]
         records[name] = record | memory(contestant, device) | host_cost(contestant, device, arguments.host_calls)
     for name, key in (("dense bmm", "time_over_dense"), ("machmoe", "time_over_machmoe")):
         base = records.get(name, {}).get("total")
@@ -94,20 +97,50 @@ def table_width(table):
 def show(records, unit, on_cuda):
     first = records[0]
     table = need("rich.table").Table(title="{shape}: T {T}, d {d}, n {n}, E {E}, K {K}".format(**first), title_justify="left")
-    columns = ["", "forward ms\nmin / median", "backward ms\nmin / median", f"forward\n{unit}", f"backward\n{unit}", "f + b\nms", "time over\ndense",
-               "time over\nmachmoe", "layer\nf + b ms", "saved\nMiB"] + (["peak f / b\nMiB", "of the floor\nf / b", "host us\nf / b", "launches"] if on_cuda else [])
+    columns = [
+        "",
+        "forward ms\nmin / median",
+        "backward ms\nmin / median",
+        f"forward\n{unit}",
+        f"backward\n{unit}",
+        "f + b\nms",
+        "time over\ndense",
+        "time over\nmachmoe",
+        "layer\nf + b ms",
+        "saved\nMiB",
+    ]
+    if on_cuda:
+        columns += ["peak f / b\nMiB", "floor / time\nf / b", "host us\nf / b", "launches"]
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     digits = 3 if on_cuda else 1
-    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    pair = lambda times: f"{times['min_ms']:.{digits}f} / {times['median_ms']:.{digits}f}"
+
+    def number(value, digits):
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    def pair(times):
+        return f"{times['min_ms']:.{digits}f} / {times['median_ms']:.{digits}f}"
+
     for r in (r for r in records if "error" not in r):
-        row = [r["contestant"], pair(r["forward"]), pair(r["backward"]), f"{r['forward']['throughput']:.0f}", f"{r['backward']['throughput']:.0f}",
-               number(r["total"]["median_ms"], digits), number(r["time_over_dense"], 3), number(r["time_over_machmoe"], 3),
-               number(r.get("layer", {}).get("median_ms"), digits), f"{r['saved_mib']:.1f}"]
+        row = [
+            r["contestant"],
+            pair(r["forward"]),
+            pair(r["backward"]),
+            f"{r['forward']['throughput']:.0f}",
+            f"{r['backward']['throughput']:.0f}",
+            number(r["total"]["median_ms"], digits),
+            number(r["time_over_dense"], 3),
+            number(r["time_over_machmoe"], 3),
+            number(r.get("layer", {}).get("median_ms"), digits),
+            f"{r['saved_mib']:.1f}",
+        ]
         if on_cuda:
-            row += [f"{r['peak_forward_mib']:.0f} / {r['peak_backward_mib']:.0f}", f"{r['forward']['floor_share']:.2f} / {r['backward']['floor_share']:.2f}",
-                    f"{r.get('host_forward_us', 0):.0f} / {r.get('host_backward_us', 0):.0f}", str(r.get("launches", "-"))]
+            row += [
+                f"{r['peak_forward_mib']:.0f} / {r['peak_backward_mib']:.0f}",
+                f"{r['forward']['floor_share']:.2f} / {r['backward']['floor_share']:.2f}",
+                f"{r.get('host_forward_us', 0):.0f} / {r.get('host_backward_us', 0):.0f}",
+                str(r.get("launches", "-")),
+            ]
         table.add_row(*row)
     need("rich.console").Console(width=max(table_width(table), 80)).print(table)
     for r in (r for r in records if "error" in r):
@@ -127,6 +160,7 @@ def run(arguments):
     import torch
 
     from ..info import collect
+
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
     if on_cuda and not torch.cuda.is_available():
@@ -134,8 +168,16 @@ def run(arguments):
     dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
     shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
     unit = "TFLOP/s" if on_cuda else "GFLOP/s"
-    result = {"schema": SCHEMA, "machine": collect(), "device": arguments.device, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-              "routing": arguments.routing, "unit": unit, "results": []}
+    result = {
+        "schema": SCHEMA,
+        "machine": collect(),
+        "device": arguments.device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "routing": arguments.routing,
+        "unit": unit,
+        "results": [],
+    }
     print(f"{result['machine']['devices'].get('cuda:0' if on_cuda else 'cpu')}, {result['dtype']}, {arguments.routing} routing")
     failed = False
     for shape in shapes:
@@ -146,7 +188,7 @@ def run(arguments):
         gc.collect()
         if on_cuda:
             torch.cuda.empty_cache()
-        if arguments.out:   # after every shape: an interrupted run keeps what it measured
+        if arguments.out:  # after every shape: an interrupted run keeps what it measured
             try:
                 arguments.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -15,11 +15,14 @@ class Problem:
         self.shape, self.pattern = shape, pattern
         T, d, n, E, K = shape.T, shape.d, shape.n, shape.E, shape.K
         generator = torch.Generator(device=device).manual_seed(seed)
-        normal = lambda *sizes, scale=1.0: torch.empty(sizes, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+        def normal(*sizes, scale=1.0):
+            return torch.empty(sizes, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
         self.x, self.d_o = normal(T, d), normal(T, d)
         self.w1, self.w2, self.router_w = normal(E, 2 * n, d, scale=d**-0.5), normal(E, d, n, scale=n**-0.5), normal(E, d, scale=d**-0.5)
         logits = torch.randn(T, E, device=device, generator=generator)
-        if pattern == "skewed":   # Gumbel top-K of log p_e: K experts without replacement
+        if pattern == "skewed":  # Gumbel top-K of log p_e: K experts without replacement
             uniform = torch.rand(T, E, device=device, generator=generator).clamp_(1e-12, 1 - 1e-7)
             logits = -torch.arange(1, E + 1, device=device).float().log() - (-uniform.log()).log()
         self.scores = logits.softmax(-1)
@@ -40,7 +43,10 @@ class Contestant:
 
     def __init__(self, problem):
         self.problem = problem
-        leaf = lambda tensor: tensor.detach().requires_grad_()
+
+        def leaf(tensor):
+            return tensor.detach().requires_grad_()
+
         self.x, self.w1, self.w2, self.weights = leaf(problem.x), leaf(problem.w1), leaf(problem.w2), leaf(problem.weights)
         self.router_w = leaf(problem.router_w)
         self.rows = problem.rows
@@ -67,6 +73,7 @@ class Contestant:
 class Machmoe(Contestant):
     def prepare(self):
         import machmoe
+
         self.machmoe = machmoe
         if self.problem.pattern == "rounded":
             self.scores = self.problem.scores.detach().requires_grad_()
@@ -151,7 +158,10 @@ class Dense(Contestant):
         shape = self.problem.shape
         if shape.rows % shape.E:
             raise ValueError(f"T K = {shape.rows} is not divisible by E = {shape.E}")
-        gathered = lambda tensor: tensor.repeat(shape.K, 1).view(shape.E, shape.rows // shape.E, shape.d)
+
+        def gathered(tensor):
+            return tensor.repeat(shape.K, 1).view(shape.E, shape.rows // shape.E, shape.d)
+
         self.x_rows, self.d_o_rows = gathered(self.problem.x), gathered(self.problem.d_o)
         fused = torch.compile if self.x.is_cuda else lambda function: function
         self.glu, self.glu_backward = fused(glu), fused(glu_backward)
@@ -169,18 +179,21 @@ class SonicMoE(Contestant):
     def prepare(self):
         from sonicmoe import functional
         from sonicmoe.enums import ActivationType
+
         self.functional, self.activation = functional, ActivationType.SWIGLU
         E, n2, d = self.w1.shape
-        self.w1 = torch.stack(self.w1.detach().chunk(2, 1), 2).reshape(E, n2, d).requires_grad_()   # it wants gate and up rows alternating
+        self.w1 = torch.stack(self.w1.detach().chunk(2, 1), 2).reshape(E, n2, d).requires_grad_()  # it wants gate and up rows alternating
 
     def forward(self):
         shape, rows = self.problem.shape, self.problem.shape.rows
-        count, offset, gather, scatter, reverse = (torch.empty(size, dtype=torch.int32, device=self.x.device)
-                                                   for size in (shape.E, shape.E + 1, rows, rows, rows))
+        count, offset, gather, scatter, reverse = (
+            torch.empty(size, dtype=torch.int32, device=self.x.device) for size in (shape.E, shape.E + 1, rows, rows, rows)
+        )
         self.functional.TC_topk_router_metadata_triton(self.problem.ids, shape.E, count, offset, gather, scatter, reverse)
         w1, w2 = self.w1.permute(1, 2, 0), self.w2.permute(1, 2, 0)
-        a, h = self.functional._UpProjection.apply(self.x, w1, None, offset, rows, shape.K, gather, scatter, reverse, None, False, self.activation, False, False)
-        return self.functional._DownProjection.apply(a, h, w2, None, self.weights, offset, shape.T, shape.K, gather, scatter, reverse, None, False, self.activation)
+        tail = shape.K, gather, scatter, reverse, None, False, self.activation
+        a, h = self.functional._UpProjection.apply(self.x, w1, None, offset, rows, *tail, False, False)
+        return self.functional._DownProjection.apply(a, h, w2, None, self.weights, offset, shape.T, *tail)
 
 
 CONTESTANTS = {"machmoe": Machmoe, "dense bmm": Dense, "grouped_mm": GroupedMM, "grouped_mm+compile": GroupedMMCompiled, "sonic-moe": SonicMoE}

@@ -83,7 +83,7 @@ def time_all(contestants, device, budget_ms, soak_ms):
     clock = (CudaClock if device.type == "cuda" else HostClock)(device)
     jobs = [(name, kind, *pair) for name, contestant in contestants.items() for kind, pair in passes(contestant).items()]
     host_ms = {}
-    for name, kind, prepare, work in jobs:   # first calls, then how long the host is busy with one
+    for name, kind, prepare, work in jobs:  # first calls, then how long the host is busy with one
         for _ in range(2):
             timed(clock, prepare, work, 0)
         clock.wait()
@@ -132,7 +132,10 @@ def memory(contestant, device):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     o = contestant.forward()
-    out = {"saved_mib": (torch.cuda.memory_allocated() - before - o.nbytes) / MIB, "peak_forward_mib": (torch.cuda.max_memory_allocated() - before) / MIB}
+    out = {
+        "saved_mib": (torch.cuda.memory_allocated() - before - o.nbytes) / MIB,
+        "peak_forward_mib": (torch.cuda.max_memory_allocated() - before) / MIB,
+    }
     torch.cuda.reset_peak_memory_stats()
     gradients = contestant.backward(o)
     weights = contestant.w1.nbytes + contestant.w2.nbytes
@@ -146,6 +149,7 @@ def host_cost(contestant, device, calls):
     if device.type != "cuda" or calls < 1:
         return {}
     from torch.profiler import ProfilerActivity, profile
+
     spent = {"forward": 0.0, "backward": 0.0}
     for _ in range(calls):
         torch.cuda.synchronize()
@@ -162,4 +166,9 @@ def host_cost(contestant, device, calls):
         contestant.backward(contestant.forward())
         torch.cuda.synchronize()
     launches = sum(event.count for event in trace.key_averages() if event.self_device_time_total > 0)
-    return {"host_forward_us": spent["forward"] / calls * 1e6, "host_backward_us": spent["backward"] / calls * 1e6, "host_calls": calls, "launches": launches}
+    return {
+        "host_forward_us": spent["forward"] / calls * 1e6,
+        "host_backward_us": spent["backward"] / calls * 1e6,
+        "host_calls": calls,
+        "launches": launches,
+    }

@@ -26,10 +26,10 @@ def bars(result, path):
     shapes, names = (list(dict.fromkeys(record[key] for record in records)) for key in ("shape", "contestant"))
     figure, axes = plt.subplots(2, 1, figsize=(max(6, 1.3 * len(shapes) + 3), 7), layout="constrained", sharex=True)
     width = 0.8 / len(names)
-    for panel, kind in zip(axes, ("forward", "backward")):
+    for panel, kind in zip(axes, ("forward", "backward"), strict=True):
         for i, name in enumerate(names):
-            points = [(shapes.index(r["shape"]) + (i - (len(names) - 1) / 2) * width, r[kind]["throughput"]) for r in records if r["contestant"] == name]
-            panel.bar(*zip(*points), width=width, label=name, color=f"C{i}")
+            mine = {shapes.index(r["shape"]): r[kind]["throughput"] for r in records if r["contestant"] == name}
+            panel.bar([x + (i - (len(names) - 1) / 2) * width for x in mine], list(mine.values()), width=width, label=name, color=f"C{i}")
         panel.set_ylabel(f"{kind}, {unit}")
         panel.grid(axis="y", alpha=0.3)
     axes[1].set_xticks(range(len(shapes)), shapes, rotation=30 if len(shapes) > 3 else 0, ha="right" if len(shapes) > 3 else "center")
@@ -53,7 +53,7 @@ def granularity(result, path):
             x = [r["d"] / r["n"] for r in mine]
             axes[0, column].plot(x, [r["total"]["throughput"] for r in mine], "o-", color=f"C{i}", label=name)
             axes[1, column].plot(x, [r["saved_mib"] for r in mine], "o-", color=f"C{i}", label=name)
-        axes[0, column].set(title=f"T {key[0]}, d {key[1]}, K n {key[2]}", ylabel=f"forward + backward, {result['unit']}", ylim=(0, None), xscale="log")
+        axes[0, column].set(title="T {}, d {}, K n {}".format(*key), ylabel=f"forward + backward, {result['unit']}", ylim=(0, None), xscale="log")
         axes[1, column].set(xlabel="granularity d / n", ylabel="saved for the backward, MiB", ylim=(0, None))
         ticks = sorted({r["d"] / r["n"] for r in records})
         axes[1, column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -16,21 +16,36 @@ from .plot import plot_losses
 
 CHOICES = {"experts": EXPERTS, "routing": ROUTINGS, "dtype": DTYPES}
 HELP = {
-    "d": "hidden size", "n": "intermediate size of one expert", "num_experts": "experts E", "k": "active experts a token", "context": "bytes a sequence",
-    "batch": "sequences a step", "lr": "peak learning rate", "min_lr": "final learning rate, as a share of --lr", "warmup": "steps",
-    "clip": "largest gradient norm", "balance": "weight of the load-balance loss", "corpus": "text file or folder (default: Python's standard library source)",
-    "corpus_mb": "read at most this many MiB", "experts": "who computes the MoE layers", "dtype": "of the products; weights stay fp32 (default: bf16 on CUDA)",
-    "device": "cpu, cuda or cuda:<i>", "val_every": "steps between validations", "val_sequences": "sequences a validation reads",
-    "checkpoint_every": "steps between checkpoints", "log_every": "steps between reports", "sample": "bytes of text at the end",
+    "d": "hidden size",
+    "n": "intermediate size of one expert",
+    "num_experts": "experts E",
+    "k": "active experts a token",
+    "context": "bytes a sequence",
+    "batch": "sequences a step",
+    "lr": "peak learning rate",
+    "min_lr": "final learning rate, as a share of --lr",
+    "warmup": "steps",
+    "clip": "largest gradient norm",
+    "balance": "weight of the load-balance loss",
+    "corpus": "text file or folder (default: Python's standard library source)",
+    "corpus_mb": "read at most this many MiB",
+    "experts": "who computes the MoE layers",
+    "dtype": "of the products; weights stay fp32 (default: bf16 on CUDA)",
+    "device": "cpu, cuda or cuda:<i>",
+    "val_every": "steps between validations",
+    "val_sequences": "sequences a validation reads",
+    "checkpoint_every": "steps between checkpoints",
+    "log_every": "steps between reports",
+    "sample": "bytes of text at the end",
 }
-RESUMABLE = {"device", "log_every", "checkpoint_every", "sample"}   # may change on --resume: they do not touch the numbers
+RESUMABLE = {"device", "log_every", "checkpoint_every", "sample"}  # may change on --resume: they do not touch the numbers
 
 
 def add_arguments(parser):
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes and schedule that the other flags change (default: tiny, about 3 minutes on 2 cores)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes and schedule (default: tiny, about 3 minutes on 2 cores)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run: its folder, or one of its checkpoints")
-    parser.add_argument("--compare", metavar="A,B", help="train choices from one seed and plot their curves together, such as machmoe,torch or topk,token-rounding")
+    parser.add_argument("--compare", metavar="A,B", help="train both from one seed and plot their curves: machmoe,torch or topk,token-rounding")
     parser.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
     for field in fields(Config):
         # Suppressed defaults: what is absent from the namespace comes from the preset.
@@ -84,8 +99,10 @@ def describe(trainer):
     config, corpus = trainer.config, trainer.corpus
     total, active = trainer.model.num_parameters()
     text = len(corpus.train) + len(corpus.validation)
-    print(f"model   {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active: {config.layers} layers, d {config.d}, n {config.n}, "
-          f"{config.k} of {config.num_experts} experts, {config.experts}, {config.routing}, {config.dtype} on {config.device}")
+    print(
+        f"model   {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active: {config.layers} layers, d {config.d}, n {config.n}, "
+        f"{config.k} of {config.num_experts} experts, {config.experts}, {config.routing}, {config.dtype} on {config.device}"
+    )
     print(f"corpus  {corpus.name}: {text / 1e6:.1f} MB of {corpus.files} files, {len(corpus.validation) / 1e6:.2f} MB of them for validation")
     print(f"bigram  H(next byte | previous byte) = {trainer.bigram:.3f} bits/byte on the training split")
     print(f"run     {trainer.run}", flush=True)
@@ -110,7 +127,7 @@ def compare(configs, folder, plain):
         describe(trainer)
         trainer.train(plain)
         outcomes[choice] = outcome(trainer)
-        del trainer   # its memory must not count as the next one's
+        del trainer  # its memory must not count as the next one's
     plot_losses(folder / "compare.png", {choice: read_metrics(folder / choice / "metrics.jsonl") for choice in configs}, outcomes[choice]["bigram"])
     checkpoint.write_atomically(folder / "compare.json", json.dumps(outcomes, indent=1).encode())
     summarise(outcomes, time.perf_counter() - began)
@@ -121,14 +138,25 @@ def outcome(trainer):
     """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports: neither compilation nor a busy moment counts."""
     records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if "train_loss" in r]
     last = [r["train_loss"] for r in records[-100:]]
-    return {"run": str(trainer.run), "train_loss": sum(last) / len(last), "val_loss": trainer.val_loss, "bigram": trainer.bigram,
-            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records), "peak_mib": trainer.peak_mib}
+    return {
+        "run": str(trainer.run),
+        "train_loss": sum(last) / len(last),
+        "val_loss": trainer.val_loss,
+        "bigram": trainer.bigram,
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "peak_mib": trainer.peak_mib,
+    }
 
 
 def summarise(outcomes, seconds):
     table = need("rich.table").Table(title=f"{seconds / 60:.1f} minutes, losses in bits/byte")
-    columns = {"train_loss": ("training,\nlast 100 steps", ".3f"), "val_loss": ("\nvalidation", ".3f"), "bigram": ("\nH(next | previous)", ".3f"),
-               "tokens_per_s": ("\ntokens/s", ",.0f"), "peak_mib": ("peak memory,\nMiB", ",.0f")}
+    columns = {
+        "train_loss": ("training,\nlast 100 steps", ".3f"),
+        "val_loss": ("\nvalidation", ".3f"),
+        "bigram": ("\nH(next | previous)", ".3f"),
+        "tokens_per_s": ("\ntokens/s", ",.0f"),
+        "peak_mib": ("peak memory,\nMiB", ",.0f"),
+    }
     first = next(iter(outcomes.values()))
     columns = {key: column for key, column in columns.items() if first[key] is not None}
     table.add_column("")

@@ -13,24 +13,24 @@ DTYPES = ("fp32", "bf16")
 class Config:
     # model
     layers: int = 4
-    d: int = 128                # hidden
-    n: int = 128                # intermediate of one expert
-    num_experts: int = 16       # E
-    k: int = 2                  # active experts a token
+    d: int = 128  # hidden
+    n: int = 128  # intermediate of one expert
+    num_experts: int = 16  # E
+    k: int = 2  # active experts a token
     heads: int = 4
-    context: int = 256          # bytes
+    context: int = 256  # bytes
     # optimisation
-    batch: int = 16             # sequences a step
+    batch: int = 16  # sequences a step
     steps: int = 600
     lr: float = 3e-3
-    min_lr: float = 0.1         # of lr, at the end of the cosine
-    warmup: int = 40            # steps
+    min_lr: float = 0.1  # of lr, at the end of the cosine
+    warmup: int = 40  # steps
     weight_decay: float = 0.1
-    clip: float = 1.0           # gradient norm
-    balance: float = 0.01       # weight of the load-balance loss
+    clip: float = 1.0  # gradient norm
+    balance: float = 0.01  # weight of the load-balance loss
     seed: int = 0
     # data
-    corpus: str = ""            # file or folder; empty: Python's standard library
+    corpus: str = ""  # file or folder; empty: Python's standard library
     corpus_mb: float = 16.0
     # execution
     experts: str = "machmoe"
@@ -39,14 +39,15 @@ class Config:
     dtype: str = "fp32"
     compile: bool = False
     # reports
-    val_every: int = 100        # steps
+    val_every: int = 100  # steps
     val_sequences: int = 128
     checkpoint_every: int = 100
     log_every: int = 10
-    sample: int = 400           # bytes of text at the end
+    sample: int = 400  # bytes of text at the end
 
     def validate(self):
-        for name in ("layers", "d", "n", "num_experts", "k", "heads", "context", "batch", "steps", "val_every", "val_sequences", "checkpoint_every", "log_every"):
+        sizes = ("layers", "d", "n", "num_experts", "k", "heads", "context", "batch", "steps")
+        for name in (*sizes, "val_every", "val_sequences", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
         if self.k > self.num_experts:
@@ -87,8 +88,22 @@ def flag(name):
 PRESETS = {
     "tiny": Config(),
     "small": Config(layers=6, d=256, n=128, num_experts=32, k=4, heads=8, context=512, batch=16, steps=2000, lr=2e-3, warmup=100, corpus_mb=32),
-    "120m": Config(layers=6, d=512, n=192, num_experts=64, k=8, heads=8, context=1024, batch=32, steps=1000, lr=1e-3, warmup=100, corpus_mb=64,
-                   val_sequences=64, checkpoint_every=500),
+    "120m": Config(
+        layers=6,
+        d=512,
+        n=192,
+        num_experts=64,
+        k=8,
+        heads=8,
+        context=1024,
+        batch=32,
+        steps=1000,
+        lr=1e-3,
+        warmup=100,
+        corpus_mb=64,
+        val_sequences=64,
+        checkpoint_every=500,
+    ),
 }
 
 

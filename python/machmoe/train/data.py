@@ -17,9 +17,14 @@ VALIDATION_SHARE = 0.05
 class Corpus:
     name: str
     files: int
-    train: torch.Tensor         # [bytes] uint8
-    validation: torch.Tensor    # [bytes] uint8
-    digest: str                 # sha256 of all bytes: a resumed run must see the same text
+    train: torch.Tensor  # [bytes] uint8
+    validation: torch.Tensor  # [bytes] uint8
+    digest: str  # sha256 of all bytes: a resumed run must see the same text
+
+
+def hidden(path):
+    """Of no interest: hidden files and folders, installed packages."""
+    return any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in path.parts)
 
 
 def load_corpus(path, megabytes, context):
@@ -31,8 +36,7 @@ def load_corpus(path, megabytes, context):
     else:
         # A shuffle by the hash of the name: the validation split at the end is then like the training split.
         pattern = "*" if path else "*.py"
-        hidden = lambda file: any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in file.relative_to(root).parts)
-        files = [file for file in root.rglob(pattern) if file.is_file() and not hidden(file)]
+        files = [file for file in root.rglob(pattern) if file.is_file() and not hidden(file.relative_to(root))]
         files.sort(key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
     limit = int(megabytes * 2**20)
     text, used = bytearray(), 0
@@ -71,7 +75,7 @@ class Batches:
     def __init__(self, data, context, batch, seed, device):
         self.data, self.context, self.batch, self.seed = data.to(device), context, batch, seed
         self.position, self.epoch = 0, -1
-        self.per_epoch = (len(data) - context) // context - 1   # windows that fit after any shift
+        self.per_epoch = (len(data) - context) // context - 1  # windows that fit after any shift
         if self.per_epoch < 1:
             raise UserError(f"the training split has {len(data)} bytes, too few for --context {context}")
 

@@ -19,7 +19,7 @@ from .metrics import read as read_metrics
 from .model import LanguageModel
 from .plot import plot_losses
 
-BITS = 1 / math.log(2)   # losses are reported in bits per byte
+BITS = 1 / math.log(2)  # losses are reported in bits per byte
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,9 +66,14 @@ class Progress:
     def __init__(self, config, start, plain):
         self.config, self.bar = config, None
         if not plain and sys.stderr.isatty():
-            size = shutil.get_terminal_size()   # tqdm would draw nothing on a terminal that does not tell its size
-            self.bar = need("tqdm").tqdm(total=config.steps, initial=start, ncols=size.columns, nrows=size.lines,
-                                        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+            size = shutil.get_terminal_size()  # tqdm would draw nothing on a terminal that does not tell its size
+            self.bar = need("tqdm").tqdm(
+                total=config.steps,
+                initial=start,
+                ncols=size.columns,
+                nrows=size.lines,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
 
     def report(self, step, loss, val_loss, tokens_per_s):
         validation = "" if math.isnan(val_loss) else f"  val {val_loss:.3f}"
@@ -110,9 +115,15 @@ class Trainer:
     # ---- state -----------------------------------------------------------------------------------------------------------------
     def state(self):
         return {
-            "config": self.config.to_dict(), "corpus": self.corpus.digest, "step": self.step, "position": self.batches.position,
-            "val_loss": self.val_loss, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "config": self.config.to_dict(),
+            "corpus": self.corpus.digest,
+            "step": self.step,
+            "position": self.batches.position,
+            "val_loss": self.val_loss,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def restore(self, state):
@@ -151,8 +162,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self):
         self.model.eval()
-        total, count = 0.0, 0
-        for tokens, targets in validation_batches(self.corpus.validation, self.config.context, self.config.val_sequences, self.config.batch, self.device):
+        total, count, config = 0.0, 0, self.config
+        for tokens, targets in validation_batches(self.corpus.validation, config.context, config.val_sequences, config.batch, self.device):
             with self.autocast():
                 cross_entropy, _ = self.model.loss(tokens, targets)
             total, count = total + cross_entropy.item() * len(tokens), count + len(tokens)
@@ -204,7 +215,9 @@ class Trainer:
                         self.save()
                     raise Interrupted(f"stopped at step {self.step}; continue with --resume {self.run}")
         except torch.OutOfMemoryError as error:
-            raise UserError(f"{config.device} ran out of memory at step {self.step + 1}: lower --batch ({config.batch}) or --context ({config.context})") from error
+            raise UserError(
+                f"{config.device} ran out of memory at step {self.step + 1}: lower --batch {config.batch} or --context {config.context}"
+            ) from error
         finally:
             progress.close()
             self.metrics.close()

@@ -28,11 +28,12 @@ class Metrics:
         try:
             left = memoryview("".join(self.pending).encode())
             while left:
-                left = left[self.file.write(left):]
+                left = left[self.file.write(left) :]
             if durable:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact. Make room, then --resume {self.path.parent}") from error
+            fix = f"the checkpoints are intact. Make room, then --resume {self.path.parent}"
+            raise UserError(f"cannot write {self.path}: {error.strerror}; {fix}") from error
         self.pending.clear()
 
     def close(self):

@@ -14,6 +14,7 @@ def moe_layer(config):
     if config.experts == "torch":
         return TorchMoE(config.d, config.n, config.num_experts, config.k)
     from .machmoe_layer import MachmoeMoE
+
     return MachmoeMoE(config.d, config.n, config.num_experts, config.k, routing=config.routing)
 
 
@@ -88,13 +89,13 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def initialise(self, seed):
         """Draws every parameter from (seed, its name), so that two choices of experts start from the same weights."""
-        depth = (2 * self.config.layers) ** -0.5   # residual branches add up to unit scale
+        depth = (2 * self.config.layers) ** -0.5  # residual branches add up to unit scale
         for index, (name, parameter) in enumerate(sorted(self.named_parameters())):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue
             fan_in = self.config.d if name == "embedding.weight" else parameter.shape[-1]
-            scale = fan_in ** -0.5 * (depth if name.endswith(("out.weight", "down_proj")) else 1.0)
+            scale = fan_in**-0.5 * (depth if name.endswith(("out.weight", "down_proj")) else 1.0)
             generator = torch.Generator().manual_seed((seed << 20) + index)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
 
@@ -111,7 +112,7 @@ class LanguageModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         text = list(prompt)
         for _ in range(length):
-            tokens = torch.tensor([text[-self.config.context:]], device=device)
+            tokens = torch.tensor([text[-self.config.context :]], device=device)
             logits = self(tokens)[0][0, -1].float().cpu()
             text.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
         return bytes(text)

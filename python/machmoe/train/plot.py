@@ -22,11 +22,11 @@ def plot_losses(path, runs, bigram):
         validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
         color = f"C{i}"
         if train:
-            steps, losses = zip(*train)
+            steps, losses = zip(*train, strict=True)
             axes.plot(steps, losses, color=color, alpha=0.15, linewidth=0.8)
             axes.plot(steps, smooth(losses), color=color, linewidth=1.5, label=f"{label}, training")
         if validation:
-            axes.plot(*zip(*validation), "o--", color=color, markersize=4, label=f"{label}, validation")
+            axes.plot(*zip(*validation, strict=True), "o--", color=color, markersize=4, label=f"{label}, validation")
     axes.axhline(bigram, color="0.4", linestyle=":", label=f"H(next byte | previous byte) = {bigram:.3f}")
     axes.set(xlabel="step", ylabel="loss, bits per byte")
     settled = [r.get("train_loss", r.get("val_loss")) for records in runs.values() for r in records if r["step"] > 20] or [8.0]
