@@ -1,0 +1,320 @@
+// The grouped GEMM of the weight gradients: the rows of an expert are the reduction.
+//   P_e = G_e^T C_e,  G = rows of X or dO gathered by token [T, d],  C = contiguous rows of dH or A' [R_cap, planes, n]
+// A tile is 128 gathered columns (the M side of wgmma) x 4 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
+// Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
+//   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
+//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/hopper/gemm/launch.cuh"
+#include "cuda/hopper/ptx/ptx.cuh"
+#include "cuda/hopper/tile/fragment.cuh"
+#include "cuda/hopper/tile/tensor_map.h"
+#include "cuda/launch.h"
+#include "ops.h"
+
+namespace machmoe::cuda::hopper {
+
+// Where a store goes: P transposed (rows = contiguous columns) or as it is, in bf16 or fp32. One box of 64 x 64 bf16 for a warpgroup, else 2 KB a warp.
+template <class Out, bool kTransposed> struct GradStore {
+  static constexpr bool kBf16 = std::is_same_v<Out, bf16>;
+  static constexpr bool kByWarpgroup = kBf16 && kTransposed;
+  static constexpr int kColumns = kBf16 ? 64 : 32;                                       // accumulator columns a box holds
+  static constexpr int kBytes = kByWarpgroup ? 8192 : 2048;
+  static constexpr int kBoxInner = kTransposed ? (kBf16 ? 64 : 16) : kColumns;           // elements along a row of the weight
+  static constexpr int kBoxOuter = kTransposed ? kColumns : 16;
+  static constexpr int kSwizzle = kBoxInner * static_cast<int>(sizeof(Out));
+
+  static constexpr int kFragment = 16;                                                   // registers of a box: 32 bf16 in pairs, or 16 fp32
+  // f: the fragment of kColumns columns, bf16 in pairs; the staging box as shared-memory address and as pointer.
+  template <class F> DEV static void stage(uint32_t buf, uint8_t* p, const F* f, int warp, int lane) {
+    if constexpr (kBf16) {
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const uint32_t r0 = f[2 * j], r1 = f[2 * j + 1], r2 = f[2 * j + 2], r3 = f[2 * j + 3];
+        if constexpr (kTransposed) {   // matrices: (rows low, block j), (high, j), (low, j + 1), (high, j + 1)
+          const int row = (j + (lane >> 4)) * 8 + (lane & 7), chunk = warp * 2 + ((lane >> 3) & 1);
+          stmatrix_x4_trans(buf + row * 128 + ((chunk ^ (row & 7)) << 4), r0, r1, r2, r3);
+        } else {
+          const int row = lane & 15, chunk = j + (lane >> 4);
+          stmatrix_x4(buf + row * 128 + ((chunk ^ (row & 7)) << 4), r0, r1, r2, r3);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = lane / 4 + 8 * h, col = 8 * j + 2 * (lane % 4);
+          if constexpr (kTransposed) {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+              *reinterpret_cast<float*>(p + (col + e) * 64 + ((row >> 2) ^ (((col + e) >> 1) & 3)) * 16 + (row & 3) * 4) = f[4 * j + 2 * h + e];
+          } else {
+            *reinterpret_cast<float2*>(p + row * 128 + ((col >> 2) ^ (row & 7)) * 16 + (col & 3) * 4) = {f[4 * j + 2 * h], f[4 * j + 2 * h + 1]};
+          }
+        }
+    }
+  }
+};
+
+struct VarlenKParams {
+  CUtensorMap contiguous;      // ragged panels, box {64, 64, 1, 1}
+  CUtensorMap out[2];          // one per plane
+  const bf16* gathered;        // [T, d]
+  const int* token;            // row -> row of gathered; null: itself
+  const int* offsets;          // [E + 1]
+  int experts, d, n;
+  int panels_per_plane, panels;
+  int groups, columns;         // an expert has groups (of 2 x 128 gathered columns) x columns (of 4 panels) tiles
+  int items, step_expert, step_group, step_column;   // the clusters of the grid, as digits (expert, group, column)
+  bool accumulate;
+};
+
+// The tiles of one cluster: item first, first + step, ... as digits, so that no loop divides. Columns are innermost: they share the gathered rows.
+struct VarlenKWalk {
+  int expert, group, column;
+  DEV VarlenKWalk(const VarlenKParams& p, int first)
+      : expert(first / (p.groups * p.columns)), group(first / p.columns % p.groups), column(first % p.columns) {}
+  DEV void advance(const VarlenKParams& p) {
+    column += p.step_column; group += p.step_group; expert += p.step_expert;
+    if (column >= p.columns) { column -= p.columns; group++; }
+    if (group >= p.groups) { group -= p.groups; expert++; }
+  }
+};
+
+// What a tile writes: columns of its panels from `panel` on; 0: nothing.
+struct OutputBlock { int expert, group, panel, columns; };
+
+struct RowRange {
+  int begin, end;
+  DEV int blocks() const { return (end - begin + 63) >> 6; }
+};
+
+template <class Out, bool kTransposed> struct VarlenK {
+  using Store = GradStore<Out, kTransposed>;
+  static constexpr int kStages = 4, kBuffers = 2;
+  static constexpr int kGatheredBytes = 128 * 128, kPanelBytes = 64 * 128, kContiguousBytes = 4 * kPanelBytes;
+  static constexpr int kStaging = 8 * 2048 * kBuffers;
+  static constexpr int kSmem = kStages * (kGatheredBytes + kContiguousBytes) + kStaging + 2 * kStages * 8;
+  static_assert(kSmem <= 232448);
+};
+
+template <class Out, bool kTransposed>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_kernel(const __grid_constant__ VarlenKParams p) {
+  using C = VarlenK<Out, kTransposed>;
+  using Store = typename C::Store;
+  extern __shared__ __align__(1024) uint8_t raw[];
+  const uint32_t smem = smem_u32(raw), s_gathered = smem, s_contiguous = s_gathered + C::kStages * C::kGatheredBytes;
+  const uint32_t s_staging = s_contiguous + C::kStages * C::kContiguousBytes, bars = s_staging + C::kStaging;
+  auto full = [&](int s) { return bars + 8 * s; };
+  auto empty = [&](int s) { return bars + 8 * (C::kStages + s); };
+  const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
+  auto rows_of = [&](int expert) {
+    const int e = min(expert, p.experts - 1);
+    return RowRange{__ldg(p.offsets + e), __ldg(p.offsets + e + 1)};
+  };
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < C::kStages; s++) { mbar_init(full(s), 129); mbar_init(empty(s), 8 * 2); }
+    mbar_init_fence();
+  }
+  cluster_sync();
+  VarlenKWalk at(p, blockIdx.x / 2);
+
+  if (wg == 0) {
+    reg_dec<56>();
+    int s = 0;
+    uint32_t phase = 0;
+    // This thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i of a block.
+    const uint32_t dst0 = s_gathered + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
+    // Token indices come in windows of 4 blocks: lane l holds blocks l / 16 and 2 + l / 16, rows 4 warp + l % 4 + 16 ((l / 4) % 4). The next window
+    // is loaded while this one is used; one block ahead would be too late.
+    int window[2], next_window[2];
+    auto fetch = [&](const RowRange& r, int k) {
+      if (r.begin >= r.end) return;
+      const int row = r.begin + k * 64 + (lane >> 4) * 64 + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int clamped = min(row + 128 * i, r.end - 1);
+        next_window[i] = p.token ? __ldg(p.token + clamped) : clamped;
+      }
+    };
+    next_window[0] = next_window[1] = 0;
+    RowRange rows = rows_of(at.expert);
+    if (at.expert < p.experts) fetch(rows, 0);
+    while (at.expert < p.experts) {
+      VarlenKWalk next = at;
+      next.advance(p);
+      const RowRange next_rows = rows_of(next.expert);
+      const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
+      uint32_t offset[2];   // bytes in a row; columns past the matrix read column 0, the store clips them
+#pragma unroll
+      for (int j = 0; j < 2; j++) offset[j] = (col0 + j * 64 < p.d ? col0 + j * 64 : 0) * 2;
+      const int panel0 = at.column * 4, valid = min(4, p.panels - panel0);
+      if (blocks == 0) fetch(next_rows, 0);
+      for (int k = 0; k < blocks; k++) {
+        if ((k & 3) == 0) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) asm volatile("mov.b32 %0, %1;" : "=r"(window[i]) : "r"(next_window[i]));   // holds the copy here, after the load has landed
+          if (k + 4 < blocks) fetch(rows, k + 4); else fetch(next_rows, 0);
+        }
+        const int held = k & 2 ? window[1] : window[0];
+        const uint8_t* src[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          src[i] = reinterpret_cast<const uint8_t*>(p.gathered) + static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
+        mbar_wait(empty(s), phase ^ 1);
+        if (tid == 0) {
+          mbar_arrive_expect_tx(full(s), valid * C::kPanelBytes);
+          const int row = rows.begin + k * 64, v = min(64, rows.end - row);
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int j = 2 * rank + i, panel = panel0 + j, plane = panel >= p.panels_per_plane;
+            if (j < valid)
+              tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s), (panel - plane * p.panels_per_plane) * 64, 64 - v,
+                             row + v, plane, 3);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+          for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
+        cp_async_mbar_arrive_noinc(full(s));
+        if (++s == C::kStages) { s = 0; phase ^= 1; }
+      }
+      at = next;
+      rows = next_rows;
+    }
+  } else {
+    reg_inc<224>();
+    const int w = wg - 1;
+    auto release = [&](int s) { if (lane < 2) mbar_arrive_remote(empty(s), lane); };
+    const uint32_t staging = s_staging + (Store::kByWarpgroup ? w : w * 4 + warp) * C::kBuffers * Store::kBytes;
+    const bool storer = Store::kByWarpgroup ? tid == 0 : lane == 0;
+    auto sync_storers = [&] { if constexpr (Store::kByWarpgroup) bar_sync(1 + w, 128); else __syncwarp(); };
+    // kBuffers boxes from chunk `first` on, from the fragments at f; kBuffers is all the staging there is.
+    auto store = [&](const OutputBlock& o, int first, const auto* f) {
+      if (first * Store::kColumns >= o.columns) return;
+      if (storer) bulk_wait_read<0>();
+      sync_storers();
+#pragma unroll
+      for (int b = 0; b < C::kBuffers; b++)
+        Store::stage(staging + b * Store::kBytes, raw + (staging - smem) + b * Store::kBytes, f + b * Store::kFragment, warp, lane);
+      fence_proxy_async();
+      sync_storers();
+      if (!storer) return;
+#pragma unroll
+      for (int b = 0; b < C::kBuffers; b++) {
+        const int col = (first + b) * Store::kColumns;
+        if (col >= o.columns) break;
+        const int panel = o.panel + col / 64, plane = panel >= p.panels_per_plane;
+        const int n = (panel - plane * p.panels_per_plane) * 64 + col % 64, m = (o.group * 2 + rank) * 128 + w * 64 + (Store::kByWarpgroup ? 0 : warp * 16);
+        if (p.accumulate) tma_reduce_add_3d(&p.out[plane], staging + b * Store::kBytes, kTransposed ? m : n, kTransposed ? n : m, o.expert);
+        else tma_store_3d(&p.out[plane], staging + b * Store::kBytes, kTransposed ? m : n, kTransposed ? n : m, o.expert);
+      }
+      bulk_commit();
+    };
+    // A bf16 tile waits as 64 packed registers and leaves while the tensor cores work on the first blocks of the next one.
+    constexpr bool kHeld = Store::kBf16;
+    constexpr int kHalf = C::kBuffers * Store::kFragment;
+    [[maybe_unused]] uint32_t packed[kHeld ? 64 : 1];
+    OutputBlock held{};
+    int s = 0;
+    uint32_t phase = 0;
+    float acc[128];
+    RowRange rows = rows_of(at.expert);
+    while (at.expert < p.experts) {
+      VarlenKWalk next = at;
+      next.advance(p);
+      const RowRange next_rows = rows_of(next.expert);
+      const int blocks = rows.blocks();
+      int previous = -1;
+      for (int k = 0; k < blocks; k++) {
+        mbar_wait(full(s), phase);
+        fence_proxy_async();
+        wgmma_fence();
+        const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
+        const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
+        wgmma_commit();
+        if constexpr (kHeld) {
+          if (k == 0) store(held, 0, packed);
+          if (k == 1) store(held, 2, packed + kHalf);
+        }
+        wgmma_wait<1>();
+        if (previous >= 0) release(previous);
+        previous = s;
+        if (++s == C::kStages) { s = 0; phase ^= 1; }
+      }
+      wgmma_wait<0>();
+      if (previous >= 0) release(previous);
+      const bool written = blocks > 0 || !p.accumulate;
+      const OutputBlock block{at.expert, at.group, at.column * 4, written ? min(4, p.panels - at.column * 4) * 64 : 0};
+      if constexpr (kHeld) {
+        if (blocks < 1) store(held, 0, packed);
+        if (blocks < 2) store(held, 2, packed + kHalf);
+#pragma unroll
+        for (int i = 0; i < 64; i++) packed[i] = blocks > 0 ? pack(acc[2 * i], acc[2 * i + 1]) : 0u;
+        held = block;
+      } else {
+        if (blocks == 0) {
+#pragma unroll
+          for (int i = 0; i < 128; i++) acc[i] = 0.f;
+        }
+#pragma unroll
+        for (int c = 0; c < 256 / Store::kColumns; c += C::kBuffers) store(block, c, acc + c * Store::kFragment);
+      }
+      at = next;
+      rows = next_rows;
+    }
+    if constexpr (kHeld) {
+      store(held, 0, packed);
+      store(held, 2, packed + kHalf);
+    }
+    if (storer) bulk_wait<0>();
+  }
+  cluster_sync();   // no CTA leaves while its peer may still arrive here
+}
+
+struct VarlenKProblem {
+  const Shape& shape;
+  const Routing& routing;
+  const void* gathered;
+  const void* contiguous;
+  int64_t planes;
+  MutableWeight out[2];   // one per plane
+  bool accumulate;
+};
+
+template <class Out, bool kTransposed> void varlen_k(const VarlenKProblem& q, Stream stream) {
+  using C = VarlenK<Out, kTransposed>;
+  using Store = typename C::Store;
+  const Shape& s = q.shape;
+  const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
+  VarlenKParams p{};
+  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - kSlackRows * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes}, {pitch, pitch, 2 * n},
+                                  {64, 64, 1, 1}, 128);
+  for (uint64_t i = 0; i < planes; i++)
+    p.out[i] = tensor_map<Out>(q.out[i].base, {kTransposed ? d : n, kTransposed ? n : d, E}, {q.out[i].row_stride * sizeof(Out), q.out[i].expert_stride * sizeof(Out)},
+                               {Store::kBoxInner, Store::kBoxOuter, 1}, Store::kSwizzle);
+  p.gathered = static_cast<const bf16*>(q.gathered);
+  p.token = q.routing.token;
+  p.offsets = q.routing.offsets;
+  p.experts = static_cast<int>(E); p.d = static_cast<int>(d); p.n = static_cast<int>(n);
+  p.panels_per_plane = static_cast<int>((n + 63) / 64);
+  p.panels = p.panels_per_plane * static_cast<int>(planes);
+  p.groups = static_cast<int>((d + 255) / 256);
+  p.columns = (p.panels + 3) / 4;
+  p.accumulate = q.accumulate;
+  const int64_t items = static_cast<int64_t>(E) * p.groups * p.columns;
+  if (items == 0) return;
+  const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
+  p.step_column = clusters % p.columns; p.step_group = clusters / p.columns % p.groups; p.step_expert = clusters / (p.columns * p.groups);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, p);
+}
+
+}  // namespace machmoe::cuda::hopper
