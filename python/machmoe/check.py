@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import machmoe
 import torch
 import torch.nn.functional as F
+
+import machmoe
 
 from .errors import need
 
@@ -95,7 +96,7 @@ class Data:
         self.x = self.separated_tokens()
         self.w_gate, self.w_up = self.normal(E, n, d, scale=d**-0.5), self.normal(E, n, d, scale=d**-0.5)
         self.w2 = self.normal(E, d, n, scale=n**-0.5)
-        self.logits = self.normal(T, E).float()
+        self.logits = torch.randn(T, E, generator=self.generator).to(device)
         top, self.ids = self.logits.topk(K)
         self.weights = top.softmax(-1)
         self.token = torch.arange(T, device=device).repeat_interleave(K)
@@ -215,14 +216,13 @@ class Data:
         leaves = {"X": self.x, "Wr": self.router_w, "W1": self.w1, "W2": self.w2}
 
         def ours(v):
-            out = machmoe.layer(v["X"], v["Wr"], v["W1"], v["W2"], self.K, router=router)
-            return out[0] if isinstance(out, tuple) else out
+            return machmoe.layer(v["X"], v["Wr"], v["W1"], v["W2"], self.K, router=router)
 
         def reference(v):
-            weights, _ = reference_route(v["X"] @ v["Wr"].t(), ids, router)
-            return reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], self.token, ids.flatten(), weights.flatten())
+            weights, aux = reference_route(v["X"] @ v["Wr"].t(), ids, router)
+            return reference_experts(v["X"], *v["W1"].chunk(2, dim=1), v["W2"], self.token, ids.flatten(), weights.flatten()), aux
 
-        return Case(f"layer, {router}", leaves, ours, reference)
+        return Case(f"layer, {router}", leaves, ours, reference, ("O", "aux"))
 
 
 def build_cases(dtype, device):
@@ -323,7 +323,7 @@ def add_arguments(parser):
 
 def run(arguments):
     began = time.perf_counter()
-    names = arguments.device or [name for name in ("cpu", "cuda") if machmoe.device_available(name)]
+    names = arguments.device or [name for name in ("cpu", "cuda") if not machmoe.device_reason(name)]
     passed = True
     for name in names:
         results = check(torch.device(name))

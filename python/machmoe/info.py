@@ -36,7 +36,7 @@ def collect():
         devices[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
     return {
         "build": {"machmoe": machmoe.__version__, "library": machmoe.build_info()},
-        "backends": {name: "available" if machmoe.device_available(name) else machmoe.device_reason(name) for name in ("cpu", "cuda")},
+        "backends": {name: machmoe.device_reason(name) or "available" for name in ("cpu", "cuda")},
         "devices": devices,
         "versions": {
             "python": platform.python_version(),

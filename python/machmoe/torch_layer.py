@@ -44,7 +44,7 @@ def grouped_experts(x, w1, w2, ids, weights):
 
 
 class TorchMoE(nn.Module):
-    """Router and experts: O and the load-balance loss. state_dict: gate.weight, experts.gate_up_proj, experts.down_proj."""
+    """machmoe.MoE on torch: the same state_dict (gate.weight, experts.gate_up_proj, experts.down_proj), the last load-balance loss in `aux_loss`."""
 
     def __init__(self, hidden, intermediate, num_experts, k, router="softmax_topk_norm"):
         super().__init__()
@@ -53,9 +53,10 @@ class TorchMoE(nn.Module):
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))
         self.experts.down_proj = nn.Parameter(torch.empty(num_experts, hidden, intermediate))
+        self.aux_loss = None
 
     def forward(self, x):
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        ids, weights, _, aux = topk_route(self.gate(x), self.k, self.router)
-        return grouped_experts(x, self.experts.gate_up_proj, self.experts.down_proj, ids, weights).view(shape), aux
+        ids, weights, _, self.aux_loss = topk_route(self.gate(x), self.k, self.router)
+        return grouped_experts(x, self.experts.gate_up_proj, self.experts.down_proj, ids, weights).view(shape)

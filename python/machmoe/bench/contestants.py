@@ -91,8 +91,8 @@ class Machmoe(Contestant):
         return self.machmoe.experts(self.x, self.w1, self.w2, self.problem.ids, self.weights)
 
     def layer(self):
-        out = self.machmoe.layer(self.x, self.router_w, self.w1, self.w2, self.problem.shape.K, router="softmax_topk_norm")
-        return out[0] if isinstance(out, tuple) else out
+        o, _aux = self.machmoe.layer(self.x, self.router_w, self.w1, self.w2, self.problem.shape.K, router="softmax_topk_norm")
+        return o
 
 
 class GroupedMM(Contestant):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import machmoe
+
 from ..torch_layer import TorchMoE
 
 VOCABULARY = 256
@@ -13,9 +15,7 @@ ROPE_BASE = 10_000.0
 def moe_layer(config):
     if config.experts == "torch":
         return TorchMoE(config.d, config.n, config.num_experts, config.k)
-    from .machmoe_layer import MachmoeMoE
-
-    return MachmoeMoE(config.d, config.n, config.num_experts, config.k, routing=config.routing)
+    return machmoe.MoE(config.d, config.n, config.num_experts, config.k, routing=config.routing)
 
 
 def rotary_table(context, head):
@@ -55,8 +55,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        y, balance = self.moe(self.moe_norm(x))
-        return x + y, balance
+        y = self.moe(self.moe_norm(x))
+        return x + y, self.moe.aux_loss
 
 
 class LanguageModel(nn.Module):
