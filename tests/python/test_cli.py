@@ -19,6 +19,16 @@ from machmoe.torch_layer import grouped_experts
 SMALL = ["--thiek", "64,32,16,4,2", "--budget-ms", "1"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sizes this small are fastest on one thread, also in the processes that a test starts."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------------------
 def test_the_module_runs_and_names_its_commands():
     done = subprocess.run([sys.executable, "-m", "machmoe", "--help"], capture_output=True, text=True, check=False)

@@ -1,0 +1,278 @@
+"""experts, experts_general, grouped_mlp and layer against the layer written in plain torch, in fp64."""
+
+import math
+
+import pytest
+import torch
+
+import machmoe
+
+F = torch.nn.functional
+ACTIVATIONS = {
+    "swiglu": lambda g, u: F.silu(g) * u,
+    "swiglu_oai": lambda g, u: (u.clamp(-7, 7) + 1) * g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7)),
+    "geglu": lambda g, u: F.gelu(g, approximate="tanh") * u,
+    "reglu": lambda g, u: F.relu(g) * u,
+    "relu2": lambda g, u: F.relu(u).square(),
+    "relu": lambda g, u: F.relu(u),
+    "gelu": lambda g, u: F.gelu(u, approximate="tanh"),
+    "gelu_erf": lambda g, u: F.gelu(u),
+    "silu": lambda g, u: F.silu(u),
+}
+GATED = {"swiglu", "swiglu_oai", "geglu", "reglu"}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+T, D, N, E, K = 61, 40, 24, 6, 3
+
+
+def leaves(dtype, activation="swiglu", bias=False, seed=0):
+    torch.manual_seed(seed)
+    planes = 2 if activation in GATED else 1
+    made = {
+        "x": torch.randn(T, D),
+        "w1": torch.randn(E, planes * N, D) / math.sqrt(D),
+        "w2": torch.randn(E, D, N) / math.sqrt(N),
+        "weights": torch.rand(T, K),
+    }
+    if bias:
+        made |= {"b1": torch.randn(E, planes * N), "b2": torch.randn(E, D)}
+    return {name: t.to(torch.float32 if name == "weights" else dtype).requires_grad_() for name, t in made.items()}
+
+
+def chosen_ids(seed=0):
+    torch.manual_seed(seed)
+    return torch.rand(T, E).topk(K).indices
+
+
+def plain(v, ids, activation="swiglu", addend=None):
+    """The definition, one expert at a time, in the dtype of v."""
+    out = torch.zeros_like(v["x"]) if addend is None else addend
+    for e in range(E):
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        h = v["x"][token] @ v["w1"][e].T + (v["b1"][e] if "b1" in v else 0)
+        g, u = (h[:, :N], h[:, N:]) if activation in GATED else (None, h)
+        y = ACTIVATIONS[activation](g, u) @ v["w2"][e].T + (v["b2"][e] if "b2" in v else 0)
+        out = out.index_add(0, token, y * v["weights"][token, slot, None])
+    return out
+
+
+def in_fp64(v):
+    return {name: t.detach().double().requires_grad_() for name, t in v.items()}
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item() if b.norm() > 0 else a.abs().max().item()
+
+
+def expect_equal_gradients(v, out, reference, want, tolerance):
+    assert error(out, want) <= tolerance
+    d_o = torch.randn(out.shape, dtype=out.dtype)
+    out.backward(d_o)
+    want.backward(d_o.double())
+    for name, t in v.items():
+        assert t.grad.dtype == t.dtype and t.grad.shape == t.shape
+        assert error(t.grad, reference[name].grad) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_experts_are_their_definition(activation, dtype):
+    v, ids = leaves(dtype, activation, bias=True), chosen_ids()
+    ref = in_fp64(v)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"], activation=activation, b1=v["b1"], b2=v["b2"])
+    expect_equal_gradients(v, out, ref, plain(ref, ids, activation), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ids_and_weights_are_read_in_their_own_types(ids_dtype, weights_dtype):
+    v, ids = leaves(torch.float32), chosen_ids()
+    v["weights"] = v["weights"].detach().to(weights_dtype).requires_grad_()
+    ref = in_fp64(v)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids.to(ids_dtype), v["weights"])
+    want = plain(ref, ids)
+    assert error(out, want) <= 1e-5
+    out.sum().backward()
+    want.sum().backward()
+    assert v["weights"].grad.dtype == weights_dtype
+    assert error(v["weights"].grad, ref["weights"].grad) <= (1e-5 if weights_dtype == torch.float32 else 4e-3)
+
+
+def test_addend_is_added_and_gets_its_gradient():
+    v, ids = leaves(torch.float32), chosen_ids()
+    v["addend"] = torch.randn(T, D).requires_grad_()
+    ref = in_fp64(v)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"], addend=v["addend"])
+    expect_equal_gradients(v, out, ref, plain(ref, ids, addend=ref["addend"]), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layouts_and_recompute_give_equal_bits(dtype):
+    v, ids = leaves(dtype), chosen_ids()
+    gate, up = (t.detach().clone().requires_grad_() for t in v["w1"].chunk(2, 1))
+    interleaved = torch.stack((gate, up), 2).flatten(1, 2).detach().requires_grad_()
+    d_o = torch.randn(T, D, dtype=dtype)
+
+    def run(w1, **options):
+        for t in (*v.values(), gate, up, interleaved):
+            t.grad = None
+        out = machmoe.experts(v["x"], w1, v["w2"], ids, v["weights"], **options)
+        out.backward(d_o)
+        return [out, v["x"].grad, v["w2"].grad, v["weights"].grad]
+
+    want = run(v["w1"])
+    dw1 = v["w1"].grad
+    for got in (run((gate, up)), run(v["w1"], recompute=True)):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    run((gate, up))
+    assert torch.equal(torch.cat((gate.grad, up.grad), 1), dw1)
+    got = run(interleaved, w1_layout="interleaved")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(torch.cat((interleaved.grad[:, 0::2], interleaved.grad[:, 1::2]), 1), dw1)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_bits_do_not_depend_on_torchs_threads(threads):
+    v, ids = leaves(torch.bfloat16), chosen_ids()
+
+    def run(count):
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+            return [out, *torch.autograd.grad(out.square().sum(), tuple(v.values()))]
+        finally:
+            torch.set_num_threads(before)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(threads), strict=True))
+
+
+def test_gradcheck_in_fp64():
+    torch.manual_seed(1)
+    t, d, n, e, k = 5, 8, 8, 3, 2
+    args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((t, d), (e, 2 * n, d), (e, d, n), (t, k), (e, 2 * n), (e, d))]
+    ids = torch.rand(t, e).topk(k).indices
+    assert torch.autograd.gradcheck(lambda x, w1, w2, s, b1, b2: machmoe.experts(x, w1, w2, ids, s, b1=b1, b2=b2), args)
+    rows, router = torch.randn(t, dtype=torch.float64, requires_grad=True), torch.randn(e, d, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([2, 0, 2])  # one row is past the counts
+    assert torch.autograd.gradcheck(lambda x, w1, w2, s: machmoe.grouped_mlp(x, counts, w1, w2, row_scores=s), (*args[:3], rows))
+    assert torch.autograd.gradcheck(lambda x, w1, w2, r: machmoe.layer(x, r, w1, w2, k), (*args[:3], router))
+
+
+def test_double_backward_raises():
+    v, ids = leaves(torch.float32), chosen_ids()
+    (dx,) = torch.autograd.grad(machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]).square().sum(), v["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_dropped_ids_contribute_nothing():
+    v, ids = leaves(torch.float32), chosen_ids()
+    ids[::3, 1] = E
+    ids[::5] = E + 7
+    ref = in_fp64(v)
+    expect_equal_gradients(v, machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]), ref, plain(ref, ids), 1e-5)
+    assert (v["weights"].grad[ids >= E] == 0).all()
+
+
+def test_no_tokens_give_empty_results_and_zero_gradients():
+    v = leaves(torch.float32)
+    x, weights = torch.empty(0, D, requires_grad=True), torch.empty(0, K, requires_grad=True)
+    out = machmoe.experts(x, v["w1"], v["w2"], torch.empty(0, K, dtype=torch.int64), weights)
+    out.sum().backward()
+    assert out.shape == (0, D) and x.grad.shape == (0, D) and weights.grad.shape == (0, K)
+    assert (v["w1"].grad == 0).all() and (v["w2"].grad == 0).all()
+
+
+def test_grouped_mlp_is_the_experts_on_dispatched_rows():
+    v, ids = leaves(torch.float32), chosen_ids()
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=E)
+    padding = 9
+    rows = torch.cat((v["x"].detach()[order // K], torch.full((padding, D), math.nan))).requires_grad_()
+    scores = torch.cat((v["weights"].detach().flatten()[order], torch.zeros(padding))).requires_grad_()
+    y = machmoe.grouped_mlp(rows, counts, v["w1"], v["w2"], row_scores=scores)
+    assert (y[-padding:] == 0).all()
+    want = plain(in_fp64(v), ids)
+    assert error(torch.zeros(T, D).index_add(0, order // K, y[:-padding]), want) <= 1e-5
+    y.sum().backward()
+    assert (rows.grad[-padding:] == 0).all() and (scores.grad[-padding:] == 0).all()
+    assert torch.isfinite(v["w1"].grad).all()
+
+
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "softmax_topk_norm"])
+def test_layer_is_route_and_experts(router):
+    v = leaves(torch.float32)
+    del v["weights"]
+    v["router"] = torch.randn(E, D, requires_grad=True)
+
+    def parts():
+        ids, weights, _, aux = machmoe.route(v["x"] @ v["router"].T, K, router=router)
+        return machmoe.experts(v["x"], v["w1"], v["w2"], ids, weights), aux
+
+    def gradients(out, aux):
+        return torch.autograd.grad((out.square().sum() + 3 * aux), tuple(v.values()))
+
+    fused = machmoe.layer(v["x"], v["router"], v["w1"], v["w2"], K, router=router)
+    for a, b in zip(fused, parts(), strict=True):
+        assert torch.equal(a, b)
+    for name, a, b in zip(v, gradients(*fused), gradients(*parts()), strict=True):
+        assert error(a, b.double()) <= 1e-5, name
+
+
+@pytest.mark.parametrize("n", [64, 256, 1024])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_bytes_are_h_and_metadata(n, recompute):
+    """At constant K n the activations saved beside x and the weights do not grow with the granularity."""
+    k, tokens, d = 1024 // n, 256, 64
+    e = 4 * k
+    x, w1, w2 = torch.randn(tokens, d, requires_grad=True), torch.randn(e, 2 * n, d), torch.randn(e, d, n)
+    ids = torch.rand(tokens, e).topk(k).indices
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = machmoe.experts(x.bfloat16(), w1.bfloat16().requires_grad_(), w2.bfloat16(), ids, torch.rand(tokens, k, requires_grad=True), recompute=recompute)
+    rows = tokens * k
+    weights_and_x = 2 * (3 * e * n * d + tokens * d)
+    h = 0 if recompute else 4 * rows * n
+    assert sum(saved.values()) - weights_and_x <= h + 16 * rows + 64 * e + 64 * 1024
+    assert out.requires_grad
+
+
+def test_autocast_casts_outside_and_keeps_gradient_dtypes():
+    v, ids = leaves(torch.float32), chosen_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in v.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": torch.randn(T, 12)}, r"x is \(61, 12\), expected \[T, d\] with d = 40"),
+        ({"w1": torch.randn(E, N, D)}, r"w1 is \(6, 24, 40\), expected \[6, 48, 40\]"),
+        ({"w2": torch.randn(E, D, N).bfloat16()}, r"w2 is torch.bfloat16 on cpu, expected torch.float32"),
+        ({"w1": torch.randn(E, D, 2 * N).transpose(1, 2)}, r"w1 has stride 48 in its last dimension"),
+        ({"topk_ids": torch.zeros(T, K + 1, dtype=torch.int64)}, r"topk_ids is \(61, 4\)"),
+        ({"topk_ids": torch.zeros(T, K, dtype=torch.int64)}, r"names expert 0 twice"),
+        ({"topk_ids": torch.full((T, K), -1)}, r"topk_ids\[0, 0\] is -1"),
+        ({"activation": "swish"}, r"activation is 'swish', expected one of swiglu"),
+        ({"w1_layout": "transposed"}, r"w1_layout is 'transposed'"),
+        ({"b2": torch.randn(E, N)}, r"b2 is \(6, 24\), expected \[6, 40\]"),
+    ],
+)
+def test_errors_name_the_argument(change, sentence):
+    v = leaves(torch.float32)
+    call = {"x": v["x"], "w1": v["w1"], "w2": v["w2"], "topk_ids": chosen_ids(), "topk_weights": v["weights"]} | change
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        machmoe.experts(**call)
+
+
+def test_sizes_that_are_no_multiple_of_8_are_refused():
+    with pytest.raises(RuntimeError, match="d is 12, expected a multiple of 8"):
+        machmoe.experts(torch.randn(2, 12), torch.randn(1, 16, 12), torch.randn(1, 12, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))

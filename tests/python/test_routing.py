@@ -1,0 +1,161 @@
+"""Routing, token_round and route: contents, gradients, errors."""
+
+import pytest
+import torch
+
+import machmoe
+from machmoe import _library
+
+T, E, K = 50, 7, 3
+
+
+def topk(seed=0):
+    torch.manual_seed(seed)
+    return torch.rand(T, E).topk(K).indices, torch.rand(T, K, requires_grad=True)
+
+
+def test_rows_are_grouped_by_expert_with_ascending_tokens():
+    ids, weights = topk()
+    ids[4, 1] = E  # dropped
+    r = machmoe.Routing.from_topk(ids, weights, E)
+    rows = int(r.counts.sum())
+    assert rows == T * K - 1 and r.capacity == T * K and r.num_experts == E
+    key = r.expert[:rows].long() * T + r.token[:rows]
+    assert (key.diff() > 0).all()
+    assert torch.equal(r.offsets[1:], r.counts.cumsum(0).int())
+    for row in range(rows):
+        slot = (ids[r.token[row]] == r.expert[row]).nonzero()
+        assert r.score[row] == weights[r.token[row], slot]
+    assert (r.score[rows:] == 0).all()
+
+
+def test_lists_in_any_order_are_the_same_routing():
+    ids, weights = topk()
+    a = machmoe.Routing.from_topk(ids, weights, E)
+    order = torch.randperm(T * K)
+    tokens = torch.arange(T).repeat_interleave(K)
+    b = machmoe.Routing.from_lists(tokens[order], ids.flatten()[order], weights.flatten()[order], T, E)
+    for name in ("token", "expert", "score", "counts", "offsets"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_the_score_is_differentiable():
+    ids, weights = topk()
+    r = machmoe.Routing.from_topk(ids, weights, E)
+    factor = torch.randn(r.capacity)
+    (r.score * factor).sum().backward()
+    for row in range(r.capacity):
+        slot = (ids[r.token[row]] == r.expert[row]).nonzero()
+        assert weights.grad[r.token[row], slot] == factor[row]
+
+
+def test_experts_general_is_experts_on_topk_routings():
+    ids, weights = topk()
+    x, w1, w2 = torch.randn(T, 16), torch.randn(E, 16, 16), torch.randn(E, 16, 8)
+    for t in (x, w1, w2):
+        t.requires_grad_()
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), (x, w1, w2, weights))
+
+    a = machmoe.experts(x, w1, w2, ids, weights)
+    b = machmoe.experts_general(x, w1, w2, machmoe.Routing.from_topk(ids, weights, E))
+    torch.testing.assert_close(a, b)
+    for ga, gb in zip(gradients(a), gradients(b), strict=True):
+        assert (ga - gb).norm() <= 1e-6 * gb.norm()
+
+
+def test_a_token_may_have_no_expert_or_all_of_them():
+    x, w1, w2 = torch.randn(3, 8), torch.randn(E, 16, 8), torch.randn(E, 8, 8)
+    tokens, experts = torch.tensor([1] * E + [2]), torch.tensor([*range(E), 0])
+    out = machmoe.experts_general(x, w1, w2, machmoe.Routing.from_lists(tokens, experts, torch.ones(E + 1), 3, E))
+    h = torch.einsum("d,erd->er", x[1], w1)
+    want = torch.einsum("en,edn->d", torch.nn.functional.silu(h[:, :8]) * h[:, 8:], w2)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(out[1], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["nr_f", "sr_f", "nr_s", "up", "down", "balance_f"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_token_rounding_gradients_match_finite_differences(rule, renormalize):
+    torch.manual_seed(0)
+    scores = torch.rand(40, 5).mul(0.9).requires_grad_()
+    r = machmoe.token_round(scores, 2, 8, rule, renormalize=renormalize, seed=3)
+    assert r.rounded and (r.counts % 8 == 0).all() and int(r.offsets[-1]) == int(r.counts.sum())
+    factor = torch.randn(r.capacity)
+    (gradient,) = torch.autograd.grad((r.score * factor).sum(), scores)
+    pairs = set(zip(r.token[: r.offsets[-1]].tolist(), r.expert[: r.offsets[-1]].tolist(), strict=True))
+    step, checked = 1e-3, 0
+    for t in range(0, 40, 3):
+        for e in range(5):
+            moved = []
+            for sign in (1, -1):
+                s = scores.detach().clone()
+                s[t, e] += sign * step
+                other = machmoe.token_round(s, 2, 8, rule, renormalize=renormalize, seed=3)
+                same = set(zip(other.token[: other.offsets[-1]].tolist(), other.expert[: other.offsets[-1]].tolist(), strict=True)) == pairs
+                moved.append((other.score * factor).sum().item() if same else None)
+            if None in moved:  # the step changed the selection
+                continue
+            assert abs((moved[0] - moved[1]) / (2 * step) - gradient[t, e].item()) < 2e-2
+            checked += 1
+    assert checked > 30
+
+
+def test_fewer_tokens_than_a_tile_are_plain_topk():
+    r = machmoe.token_round(torch.rand(20, 4), 2, 128)
+    assert not r.rounded and int(r.counts.sum()) == 40
+
+
+def test_metadata_layout_mirrors_the_library():
+    for tokens, capacity, f64 in ((0, 0, False), (5, 9, True), (1000, 3000, False)):
+        for kind, with_expert in ((_library.TOPK, False), (_library.LISTS, True)):
+            ids = torch.zeros(capacity, dtype=torch.int64)
+            _, size = _library.metadata_layout(kind, tokens, 3000, capacity, cuda=False, f64=f64, with_expert=with_expert)
+            if kind == _library.LISTS:
+                metadata, _ = _library.ops.routing_lists(ids + 0, ids + 3000, tokens, 3000, f64)
+            else:
+                metadata = _library.ops.routing_topk(ids[:, None] + 3000, torch.ones(capacity, 1, dtype=torch.float64 if f64 else torch.float32), 3000)
+                _, size = _library.metadata_layout(kind, capacity, 3000, capacity, cuda=False, f64=f64)
+            assert metadata.numel() == size
+
+
+def reference_route(logits, router):
+    logits = logits.double()
+    p = logits.softmax(-1)
+    ids = logits.topk(K).indices
+    weights = logits.gather(1, ids).softmax(-1) if router != "softmax_topk" else p.gather(1, ids)
+    counts = torch.bincount(ids.flatten(), minlength=E)
+    return ids, weights, counts, E * (counts / (T * K) * p.mean(0)).sum()
+
+
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "softmax_topk_norm"])
+def test_route_is_its_definition(router):
+    torch.manual_seed(0)
+    logits = torch.randn(T, E, requires_grad=True)
+    ids, weights, counts, aux = machmoe.route(logits, K, router=router)
+    want = reference_route(logits, router)
+    assert ids.dtype == torch.int32 and torch.equal(ids.long(), want[0]) and torch.equal(counts.long(), want[2])
+    torch.testing.assert_close(weights.double(), want[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(aux.double(), want[3], rtol=1e-5, atol=1e-6)
+    factor = torch.randn(T, K)
+    (a,) = torch.autograd.grad((weights * factor).sum() + 2 * aux, logits)
+    (b,) = torch.autograd.grad((want[1] * factor).sum() + 2 * want[3], logits)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_argument():
+    ids, weights = topk()
+    with pytest.raises(ValueError, match=r"expected \[T, K\] both"):
+        machmoe.Routing.from_topk(ids[0], weights, E)
+    with pytest.raises(RuntimeError, match="occurs twice"):
+        machmoe.Routing.from_lists(torch.tensor([1, 1]), torch.tensor([2, 2]), torch.ones(2), T, E)
+    with pytest.raises(ValueError, match="rule is 'nearest'"):
+        machmoe.token_round(torch.rand(4, 4), 2, rule="nearest")
+    with pytest.raises(RuntimeError, match=r"scores\[0, 0\] is 2"):
+        machmoe.token_round(torch.full((4, 4), 2.0), 2)
+    with pytest.raises(ValueError, match="router is 'sigmoid'"):
+        machmoe.route(torch.randn(4, 4), 2, router="sigmoid")
+    r = machmoe.Routing.from_topk(ids, weights, E)
+    with pytest.raises(ValueError, match="routing is for 50 tokens and 7 experts, expected T = 49"):
+        machmoe.experts_general(torch.randn(49, 8), torch.randn(E, 16, 8), torch.randn(E, 8, 8), r)
