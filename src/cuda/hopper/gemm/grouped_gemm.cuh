@@ -1,0 +1,68 @@
+// The grouped GEMM over ragged rows, out[rows of e] = epilogue(rows W_e^T) = schedule x loader x epilogue.
+//   warpgroup 0      the loader fills the ring
+//   warpgroups 1, 2  the schedule multiplies, each warp stores its rows through its own epilogue
+// One persistent CTA an SM, clusters of two: see cta_tile.cuh.
+#pragma once
+#include "cuda/hopper/gemm/launch.cuh"
+#include "cuda/hopper/gemm/load.cuh"
+#include "cuda/hopper/gemm/schedule.cuh"
+
+namespace machmoe::cuda::hopper {
+
+// Rows past the last one of all experts, to be zeroed by warps that the loader leaves idle.
+struct UnusedRows {
+  uint4* data = nullptr;       // [R_cap, chunks], null: leave them
+  const int* rows = nullptr;   // R
+  int R_cap = 0, chunks = 0;   // 16-byte chunks of a row
+
+  DEV void zero(int thread, int threads) const {
+    const size_t end = static_cast<size_t>(R_cap) * chunks;
+    for (size_t i = static_cast<size_t>(__ldg(rows)) * chunks + thread; i < end; i += threads) data[i] = uint4{};
+  }
+};
+
+template <class Loader, class Epilogue> struct GroupedGemmParams {
+  WalkStep step;
+  WeightTiles weights;
+  typename Loader::Params rows;
+  typename Epilogue::Params epilogue;
+  UnusedRows unused;
+  int k_blocks;
+};
+
+template <class Schedule, class Epilogue> constexpr int grouped_gemm_smem() {
+  using R = typename Schedule::R;
+  constexpr int kBytes = R::kBytes + 8 * Epilogue::Store::kWarpBytes + R::kControlBytes;
+  static_assert(kBytes <= kMaxSharedBytes);
+  return kBytes;
+}
+
+template <class Schedule, class Loader, class Epilogue>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) grouped_gemm(const __grid_constant__ GroupedGemmParams<Loader, Epilogue> p) {
+  using R = typename Schedule::R;
+  extern __shared__ __align__(1024) uint8_t smem[];
+  const uint32_t stages = smem_u32(smem), staging = stages + R::kBytes;
+  const R ring{stages, staging + 8 * Epilogue::Store::kWarpBytes};
+  const int warpgroup = threadIdx.x / 128, tid = threadIdx.x % 128, rank = cluster_ctarank();
+
+  if (threadIdx.x == 0) ring.init(Loader::kArrivals, Schedule::kConsumerWarps);
+  cluster_sync();
+  const int tiles = __ldg(p.step.entries);
+  TileWalk first(p.step, blockIdx.x / 2);
+
+  if (warpgroup == 0) {
+    reg_dec<Loader::kRegisters>();
+    Loader::template produce<R, Schedule::kStride>(p.rows, p.weights, ring, {p.step, first, tiles, rank}, tid, p.k_blocks);
+    if (p.unused.data && tid >= 32) p.unused.zero(blockIdx.x * 96 + tid - 32, gridDim.x * 96);
+  } else {
+    reg_inc<Loader::kConsumerRegisters>();
+    const int w = warpgroup - 1, warp = tid / 32, lane = tid % 32;
+    Epilogue epilogue(p.epilogue, staging + (w * 4 + warp) * Epilogue::Store::kWarpBytes, lane);
+    if (Schedule::kStride == 2 && w == 1) first.advance(p.step);
+    Schedule::template consume<Epilogue, Loader::kProxyFence>(ring, epilogue, !walk_ended(first, tiles), w, warp, lane, p.k_blocks);
+    epilogue.finish();
+  }
+  cluster_sync();   // no CTA leaves while its peer may still arrive here
+}
+
+}  // namespace machmoe::cuda::hopper

@@ -1,0 +1,57 @@
+// The ring of operand stages between the producer and the consumer warpgroups of a CTA, in shared memory:
+//   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle, K-major
+//   full[s]   the producers of the stage -> its consumers;  empty[s]  every consumer warp of both CTAs -> the producers (weights are multicast)
+//   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released
+#pragma once
+#include "cuda/hopper/gemm/cta_tile.cuh"
+#include "cuda/hopper/ptx/ptx.cuh"
+
+namespace machmoe::cuda::hopper {
+
+constexpr int kBlockK = 64;                       // of a stage: one row of the swizzle, 128 bytes
+constexpr int kMaxSharedBytes = 232448;           // of a CTA on sm_90
+
+template <int kColumns_, int kStages_> struct Ring {
+  static constexpr int kColumns = kColumns_, kStages = kStages_;
+  static constexpr int kABytes = kTileRows * kBlockK * 2, kBBytes = kColumns * kBlockK * 2;
+  static constexpr int kBytes = kStages * (kABytes + kBBytes), kControlBytes = 32 * kStages;
+
+  uint32_t stages, control;                       // shared-memory addresses
+
+  DEV uint32_t a(int s) const { return stages + s * kABytes; }
+  DEV uint32_t b(int s) const { return stages + kStages * kABytes + s * kBBytes; }
+  DEV uint32_t full(int s) const { return control + 8 * s; }
+  DEV uint32_t empty(int s) const { return control + 8 * (kStages + s); }
+  DEV uint32_t tile(int s) const { return control + 16 * (kStages + s); }
+
+  DEV void init(int producer_arrivals, int consumer_warps) const {
+    for (int s = 0; s < kStages; s++) {
+      mbar_init(full(s), producer_arrivals);
+      mbar_init(empty(s), 2 * consumer_warps);
+    }
+    mbar_init_fence();
+  }
+  // more: this consumer has another tile after t.
+  DEV void post(int s, const CtaTile& t, bool more) const { store_shared(tile(s), {t.expert << 1 | more, t.row, t.row_end, t.column}); }
+  DEV CtaTile posted(int s, bool& more) const {
+    const int4 t = load_shared(tile(s));
+    more = t.x & 1;
+    return {t.x >> 1, t.y, t.z, t.w};
+  }
+  // By every lane of a consumer warp: done with the stage, told to both CTAs.
+  DEV void release(int s, int lane) const { if (lane < 2) mbar_arrive_remote(empty(s), lane); }
+};
+
+// A stage and the parity of its use.
+template <class R> struct Slot {
+  int stage = 0;
+  uint32_t phase = 0;
+  DEV void advance() { if (++stage == R::kStages) { stage = 0; phase ^= 1; } }
+  DEV void skip(int uses) {
+    stage += uses;
+    phase ^= stage / R::kStages & 1;
+    stage %= R::kStages;
+  }
+};
+
+}  // namespace machmoe::cuda::hopper

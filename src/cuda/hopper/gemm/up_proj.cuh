@@ -1,0 +1,46 @@
+// The launch of the A kernel for a schedule and an activation.
+#pragma once
+#include "cuda/hopper/gemm/epilogue_activation.cuh"
+#include "cuda/hopper/gemm/grouped_gemm.cuh"
+#include "ops.h"
+
+namespace machmoe::cuda::hopper {
+
+template <class Schedule, class Epilogue> void launch_up_proj(const UpProjArgs& a, Stream stream) {
+  using R = typename Schedule::R;
+  const Shape& s = a.shape;
+  const uint64_t d = s.d, n = s.n, E = s.E;
+  const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
+  GroupedGemmParams<GatherRows, Epilogue> p{};
+  int clusters = 0;
+  p.step = pair_walk(work, s.R_cap, s.E, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, num_sms(), clusters);
+  p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
+  p.rows = {static_cast<const uint4*>(a.x), a.routing.token, static_cast<int>(s.d / 8)};
+  const ConstWeight half[2] = {Epilogue::kGated ? a.w1_gate : a.w1_up, a.w1_up};
+  for (int i = 0; i < 2; i++)
+    p.weights.half[i] = tensor_map<bf16>(half[i].base, {d, n, E}, {2ull * half[i].row_stride, 2ull * half[i].expert_stride}, {kBlockK, R::kColumns / 2, 1}, 128);
+  p.weights.step = Epilogue::kWidth;
+  p.weights.second = Epilogue::kGated ? 0 : R::kColumns / 2;
+  auto& e = p.epilogue;
+  e.store_h = a.h != nullptr;
+  e.store_a = a.a != nullptr;
+  constexpr int kBox = Epilogue::Store::kBufferBytes / (2 * kRaggedRows);
+  if (e.store_h) e.h = ragged_store_map(a.h, s.R_cap, s.planes(), n, kBox);
+  if (e.store_a) e.a = ragged_store_map(a.a, s.R_cap, 1, n, kBox);
+  e.b_gate = a.b1_gate;
+  e.b_up = a.b1_up;
+  e.n = static_cast<int>(n);
+  e.alpha = s.act.alpha;
+  e.limit = s.act.limit;
+  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
+}
+
+template <ActivationKind K> void up_proj_general(const UpProjArgs& a, Stream stream) {
+  launch_up_proj<Cooperative<256, 4>, ActivationEpilogue<256, 64, 2, K, true>>(a, stream);
+}
+
+// Each in a file of its own, so that they compile side by side.
+void up_proj_gated(const UpProjArgs&, Stream);
+void up_proj_plain(const UpProjArgs&, Stream);
+
+}  // namespace machmoe::cuda::hopper

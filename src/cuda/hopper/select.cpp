@@ -1,0 +1,10 @@
+#include "cuda/hopper/select.h"
+
+namespace machmoe::cuda::hopper {
+
+UpProjKernel up_proj_kernel(const Shape& s, bool bias) {
+  if (s.act.kind != ActivationKind::SwiGLU || s.act.limit > 0 || bias) return UpProjKernel::General256;
+  return s.n % 96 == 0 ? UpProjKernel::PingPong192 : UpProjKernel::Cooperative256;
+}
+
+}  // namespace machmoe::cuda::hopper
