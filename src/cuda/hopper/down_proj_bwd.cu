@@ -63,29 +63,32 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
     reg_dec<56>();
     constexpr int kRows = kM / 16;   // this thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i
     const uint32_t dst0 = s_a + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    int source[kRows];
-    auto fetch = [&] {               // the next tile and its rows of d_o; past the expert's end its last row, which the store clips
-      const OutputTile t = tile_at(at, p.step, entries);
-      if (t.valid()) {
+    int source[kRows];               // rows of d_o; past the expert's end its last row, which the store clips
+    auto fetch = [&](const OutputTile& t) {
+      if (!t.valid()) return;
 #pragma unroll
-        for (int i = 0; i < kRows; i++) {
-          const int row = min(t.row + rank * kM + tid / 8 + 16 * i, t.row_end - 1);
-          source[i] = p.token ? __ldg(p.token + row) : row;
-        }
+      for (int i = 0; i < kRows; i++) {
+        const int row = min(t.row + rank * kM + tid / 8 + 16 * i, t.row_end - 1);
+        source[i] = p.token ? __ldg(p.token + row) : row;
       }
-      return t;
     };
     int s = 0;
     uint32_t phase = 0;
-    OutputTile next = fetch();
+    // Tiles are read two ahead and their rows one ahead, so that nothing here waits for a load.
+    OutputTile next = tile_at(at, p.step, entries);
+    fetch(next);
+    at.advance(p.step);
+    OutputTile after = tile_at(at, p.step, entries);
     while (next.valid()) {
       const OutputTile t = next;
       const bool any = t.row + rank * kM < t.row_end;
       const uint8_t* src[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; i++) src[i] = reinterpret_cast<const uint8_t*>(p.d_o) + static_cast<size_t>(source[i]) * (2 * p.d) + (tid % 8) * 16;
+      next = after;
+      fetch(next);
       at.advance(p.step);
-      next = fetch();
+      after = tile_at(at, p.step, entries);
       for (int k = 0; k < blocks; k++) {
         mbar_wait(empty(s), phase ^ 1);
         if (tid == 0) {
@@ -305,8 +308,8 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   DownProjBwdParams p{};
   p.w2 = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, 64, 1}, 128);
-  p.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 64);
-  p.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n}, {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 64);
+  p.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 2 * kChunk);
+  p.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n}, {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
   p.a_prime = ragged_store_map(a.a_prime, R, 1, n, kChunk);
   const int64_t columns = ds_parts(s);
   const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * work_capacity(s.R_cap, s.E, kTileRows)));

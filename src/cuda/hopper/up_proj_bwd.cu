@@ -1,6 +1,7 @@
 // dX~ = dH W1: [R, d]. The rows of dH are contiguous; the reduction runs over the columns of the gate plane, then of the up plane.
-// Ping-pong: each consumer warpgroup owns a 128 x 192 tile and computes while the other stores. The CTAs of a cluster take two row tiles of one
-// expert and share the columns: each loads half of the 64 reduction rows of W1 (MN-major panels of 64 columns) and multicasts them to both.
+// Ping-pong: each consumer warpgroup owns a 128 x 192 tile and computes while the other stores. The CTAs of a cluster take two row tiles, mostly of
+// one expert: then each loads half of the 64 reduction rows of W1 (MN-major panels of 64 columns) and multicasts them to both.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/hopper/gemm/launch.cuh"
@@ -38,39 +39,49 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
   const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; s++) { mbar_init(full(s), 1); mbar_init(empty(s), 4 * 2); }
+    for (int s = 0; s < kStages; s++) { mbar_init(full(s), 4); mbar_init(empty(s), 4 * 2); }
     mbar_init_fence();
   }
   cluster_sync();
-  const int entries = __ldg(p.step.entries);
+  const int tiles = __ldg(p.step.entries);
   TileWalk at(p.step, blockIdx.x / 2);
 
   if (wg == 0) {
     reg_dec<40>();
-    if (tid == 0) {
+    if (lane == 0) {                                            // warps 0 to 2 load a panel of W1 each, warp 3 the rows of dH
       int s = 0;
       uint32_t phase = 0;
-      OutputTile next = tile_at(at, p.step, entries);
-      while (next.valid()) {
-        const OutputTile t = next;
+      PairedTile next(at, p.step, tiles, rank);
+      while (!next.ended) {
+        const PairedTile t = next;
         at.advance(p.step);
-        next = tile_at(at, p.step, entries);
-        const int row = t.row + rank * kM;
-        const bool any = row < t.row_end;
+        next = PairedTile(at, p.step, tiles, rank);             // its latency hides behind this tile
+        const int expert = t.expert(), row = t.row(), col = t.column * kN + warp * 64;
+        const bool shared = t.shared();
         for (int plane = 0; plane < p.planes; plane++)
           for (int k = 0; k < p.blocks; k++) {
             mbar_wait(empty(s), phase ^ 1);
-            mbar_arrive_expect_tx(full(s), kBBytes + (any ? kABytes : 0));
-#pragma unroll
-            for (int j = 0; j < kN / 64; j++)
-              tma_load_3d_mc(s_b + s * kBBytes + j * kPanelBytes + rank * (kPanelBytes / 2), &p.w1[plane], full(s), t.column * kN + j * 64, k * 64 + rank * 32, t.expert, 3);
-            if (any) tma_load_3d(s_a + s * kABytes, &p.dh, full(s), k * 64, row, plane);
+            if (warp == 3) {
+              mbar_arrive_expect_tx(full(s), t.absent ? 0 : kABytes);
+              if (!t.absent) tma_load_3d(s_a + s * kABytes, &p.dh, full(s), k * 64, row, plane);
+            } else {
+              const uint32_t panel = s_b + s * kBBytes + warp * kPanelBytes;
+              mbar_arrive_expect_tx(full(s), kPanelBytes);
+              if (shared) {
+                tma_load_3d_mc(panel + rank * (kPanelBytes / 2), &p.w1[plane], full(s), col, k * 64 + rank * 32, expert, 3);
+              } else {
+                tma_load_3d(panel, &p.w1[plane], full(s), col, k * 64, expert);
+                tma_load_3d(panel + kPanelBytes / 2, &p.w1[plane], full(s), col, k * 64 + 32, expert);
+              }
+            }
             if (++s == kStages) { s = 0; phase ^= 1; }
           }
       }
-    } else if (warp > 0 && p.zero_rows) {
+    }
+    __syncwarp();
+    if (p.zero_rows) {
       const size_t begin = static_cast<size_t>(__ldg(p.rows)) * p.d / 8, end = static_cast<size_t>(p.R_cap) * p.d / 8;
-      for (size_t i = begin + blockIdx.x * 96 + (tid - 32); i < end; i += gridDim.x * 96) reinterpret_cast<uint4*>(p.zero_rows)[i] = uint4{};
+      for (size_t i = begin + blockIdx.x * 128 + tid; i < end; i += gridDim.x * 128) reinterpret_cast<uint4*>(p.zero_rows)[i] = uint4{};
     }
   } else {
     reg_inc<232>();
@@ -81,10 +92,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
     float acc[2][kN / 2];
     if (w == 1) { at.advance(p.step); used = k_blocks; bar_arrive(3, 256); }   // warpgroup 0 starts
     for (;; at.advance(p.step), at.advance(p.step)) {
-      const OutputTile t = tile_at(at, p.step, entries);        // the other warpgroup computes meanwhile
-      if (!t.valid()) break;
-      const int row0 = t.row + rank * kM;
-      const bool any = row0 < t.row_end;
+      const PairedTile t(at, p.step, tiles, rank);              // the other warpgroup computes meanwhile
+      if (t.ended) break;
+      const int row0 = t.row(), row_end = t.row_end();
+      const bool any = !t.absent;
       bar_sync(3 + w, 256);                                     // my turn at the tensor cores
       int s = used % kStages, previous = -1;
       uint32_t phase = used / kStages & 1;
@@ -119,8 +130,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
 
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int row = row0 + i * 64 + warp * 16, v = min(16, t.row_end - row);
-        if (v <= 0) continue;
+        const int row = row0 + i * 64 + warp * 16, v = min(16, row_end - row);
+        if (v <= 0 || !any) continue;
 #pragma unroll
         for (int c = 0; c < kN / 64; c++) {
           if (c * 64 >= columns) break;
@@ -160,9 +171,9 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   for (uint64_t i = 0; i < planes; i++)
     p.w1[i] = tensor_map<bf16>(w1[i].base, {d, n, E}, {2ull * w1[i].row_stride, 2ull * w1[i].expert_stride}, {64, 32, 1}, 128);
   p.dx = ragged_store_map(a.dx_rows, R, 1, d, 64);
-  const int64_t columns = (s.d + kN - 1) / kN;
-  const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * work_capacity(s.R_cap, s.E, kPairRows)));
-  p.step = WalkStep::make(&work.header->pairs, work.pairs, columns, clusters);
+  const int64_t columns = (s.d + kN - 1) / kN, pairs = (work_capacity(s.R_cap, s.E, kTileRows) + 1) / 2;
+  const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * pairs));
+  p.step = WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
   p.d = static_cast<int>(d); p.planes = static_cast<int>(planes); p.blocks = static_cast<int>((n + 63) / 64);
   if (s.kind == RoutingKind::Rows) { p.zero_rows = static_cast<bf16*>(a.dx_rows); p.rows = &work.header->rows; p.R_cap = static_cast<int>(R); }
   launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, p);
