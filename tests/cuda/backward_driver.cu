@@ -1,4 +1,5 @@
-// The four backward GEMMs of the CUDA backend against fp64 references written from their definitions, and their times. Runs on a GPU, by hand:
+// The four backward GEMMs of the CUDA backend against fp64 references written from their definitions, and their times. Compiled with --extended-lambda
+// and linked to the objects of src/cuda; runs on a GPU, by hand:
 //   backward_driver check                  every case below: poisoned outputs, guard rows, NaN in neighbouring experts, bit-equal second run
 //   backward_driver perf [random] [shape]  milliseconds and TFLOP/s at the shapes of the published comparisons; sampled values are checked too
 #include <unistd.h>
@@ -25,7 +26,8 @@ namespace {
 #define CHECK_CUDA(call) MACHMOE_CUDA_CALL(call)
 
 // Device memory with guard elements behind it and, optionally, slack before it; all of it starts as NaN.
-template <class T> struct Buffer {
+template <class T>
+struct Buffer {
   static constexpr size_t kGuard = 4096;
   T* base = nullptr;
   T* data = nullptr;
@@ -37,11 +39,23 @@ template <class T> struct Buffer {
     poison();
   }
   Buffer(Buffer&& o) noexcept { *this = std::move(o); }
-  Buffer& operator=(Buffer&& o) noexcept { std::swap(base, o.base); std::swap(data, o.data); std::swap(size, o.size); std::swap(slack, o.slack); return *this; }
-  ~Buffer() { if (base) cudaFree(base); }
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(base, o.base);
+    std::swap(data, o.data);
+    std::swap(size, o.size);
+    std::swap(slack, o.slack);
+    return *this;
+  }
+  ~Buffer() {
+    if (base) cudaFree(base);
+  }
   void poison() { CHECK_CUDA(cudaMemset(base, 0xFF, (slack + size + kGuard) * sizeof(T))); }
   void upload(const std::vector<T>& v) { CHECK_CUDA(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
-  std::vector<T> download() const { std::vector<T> v(size); CHECK_CUDA(cudaMemcpy(v.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost)); return v; }
+  std::vector<T> download() const {
+    std::vector<T> v(size);
+    CHECK_CUDA(cudaMemcpy(v.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost));
+    return v;
+  }
 };
 
 __device__ uint64_t mix(uint64_t z) {
@@ -49,10 +63,12 @@ __device__ uint64_t mix(uint64_t z) {
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
 }
-template <class F> __global__ void for_each_kernel(size_t n, F f) {
+template <class F>
+__global__ void for_each_kernel(size_t n, F f) {
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) f(i);
 }
-template <class F> void for_each(size_t n, F f) {
+template <class F>
+void for_each(size_t n, F f) {
   if (n == 0) return;
   for_each_kernel<<<2112, 256>>>(n, f);
   CHECK_CUDA(cudaGetLastError());
@@ -64,7 +80,8 @@ __device__ float normal(uint64_t i, uint64_t seed) {
   for (int k = 0; k < 4; k++) s += float((z >> (16 * k)) & 0xFFFF) / 65536.f - 0.5f;
   return s * 1.7320508f;
 }
-template <class T> void fill(T* p, size_t n, uint64_t seed, float scale) {
+template <class T>
+void fill(T* p, size_t n, uint64_t seed, float scale) {
   for_each(n, [=] __device__(size_t i) { p[i] = T(scale * normal(i, seed)); });
 }
 
@@ -73,14 +90,14 @@ enum class Layout { Concatenated, Interleaved, TwoTensors };
 struct Case {
   std::string name;
   int64_t T, d, n, E;
-  std::vector<int> counts;                 // rows of every expert
+  std::vector<int> counts;  // rows of every expert
   RoutingKind kind = RoutingKind::Lists;
   Activation act = {};
   Layout layout = Layout::Concatenated;
   DType out_dtype = DType::BF16;
   bool accumulate = false, bias = false;
-  bool nan_neighbours = false;             // every second expert carries NaN in all it owns; the others must not notice
-  int64_t spare = 5;                       // rows of capacity beyond R
+  bool nan_neighbours = false;  // every second expert carries NaN in all it owns; the others must not notice
+  int64_t spare = 5;            // rows of capacity beyond R
 };
 
 struct Problem {
@@ -99,7 +116,10 @@ struct Problem {
 
   explicit Problem(Case q) : c(std::move(q)) {
     offsets.push_back(0);
-    for (int n : c.counts) { R += n; offsets.push_back(static_cast<int>(R)); }
+    for (int n : c.counts) {
+      R += n;
+      offsets.push_back(static_cast<int>(R));
+    }
     const bool rows = c.kind == RoutingKind::Rows;
     s = {.T = rows ? R + c.spare : c.T, .d = c.d, .n = c.n, .E = c.E, .R_cap = R + c.spare, .kind = c.kind, .act = c.act};
     planes = s.planes();
@@ -120,36 +140,57 @@ struct Problem {
         expert.push_back(e);
       }
     }
-    if (rows) for (int64_t i = 0; i < R; i++) token[i] = static_cast<int>(i);
-    d_token = Buffer<int>(s.R_cap); d_token.upload(token);
-    score = Buffer<float>(s.R_cap); score.upload(sc);
-    d_offsets = Buffer<int>(c.E + 1); d_offsets.upload(offsets);
-    d_expert = Buffer<int>(R); d_expert.upload(expert);
+    if (rows)
+      for (int64_t i = 0; i < R; i++) token[i] = static_cast<int>(i);
+    d_token = Buffer<int>(s.R_cap);
+    d_token.upload(token);
+    score = Buffer<float>(s.R_cap);
+    score.upload(sc);
+    d_offsets = Buffer<int>(c.E + 1);
+    d_offsets.upload(offsets);
+    d_expert = Buffer<int>(R);
+    d_expert.upload(expert);
     std::vector<int> words(cuda::work_bytes(s.R_cap, c.E) / 4, -1);
     const cuda::WorkList list = cuda::work_list(words.data(), s.R_cap, c.E);
     *list.header = {0, 0, static_cast<int>(R), 0};
     for (int e = 0; e < c.E; e++) {
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows) list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
+      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows)
+        list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
+      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
+        list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
       list.header->experts += c.counts[e] > 0;
     }
-    d_tiles = Buffer<int>(words.size()); d_tiles.upload(words);
+    d_tiles = Buffer<int>(words.size());
+    d_tiles.upload(words);
     r.token = rows ? nullptr : d_token.data;
     r.score = score.data;
     r.offsets = d_offsets.data;
     r.tiles = d_tiles.data;
 
     const size_t T = s.T, d = s.d, n = s.n, E = s.E, cap = s.R_cap;
-    x = Buffer<bf16>(T * d); d_o = Buffer<bf16>(T * d);
-    w1 = Buffer<bf16>(E * planes * n * d); w2 = Buffer<bf16>(E * d * n); b2 = Buffer<bf16>(E * d);
-    h = Buffer<bf16>(cap * planes * n); dh_in = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n); a_in = Buffer<bf16>(cap * n, kSlackRows * n);
-    dh = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n); a_prime = Buffer<bf16>(cap * n, kSlackRows * n); dx = Buffer<bf16>(cap * d);
+    x = Buffer<bf16>(T * d);
+    d_o = Buffer<bf16>(T * d);
+    w1 = Buffer<bf16>(E * planes * n * d);
+    w2 = Buffer<bf16>(E * d * n);
+    b2 = Buffer<bf16>(E * d);
+    h = Buffer<bf16>(cap * planes * n);
+    dh_in = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n);
+    a_in = Buffer<bf16>(cap * n, kSlackRows * n);
+    dh = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n);
+    a_prime = Buffer<bf16>(cap * n, kSlackRows * n);
+    dx = Buffer<bf16>(cap * d);
     ds = Buffer<float>(parts * cap);
-    dw1 = Buffer<uint8_t>(E * planes * n * d * element); dw2 = Buffer<uint8_t>(E * d * n * element);
+    dw1 = Buffer<uint8_t>(E * planes * n * d * element);
+    dw2 = Buffer<uint8_t>(E * d * n * element);
     const size_t valid = rows ? R : T;
-    fill(x.data, valid * d, 1, 1.f); fill(d_o.data, valid * d, 2, 1.f); fill(b2.data, E * d, 3, 1.f);
-    fill(w1.data, w1.size, 4, 1.f / std::sqrt(static_cast<float>(d))); fill(w2.data, w2.size, 5, 1.f / std::sqrt(static_cast<float>(n)));
-    fill(h.data, R * planes * n, 6, 1.5f); fill(dh_in.data, R * planes * n, 7, 1.f); fill(a_in.data, R * n, 8, 1.f);
+    fill(x.data, valid * d, 1, 1.f);
+    fill(d_o.data, valid * d, 2, 1.f);
+    fill(b2.data, E * d, 3, 1.f);
+    fill(w1.data, w1.size, 4, 1.f / std::sqrt(static_cast<float>(d)));
+    fill(w2.data, w2.size, 5, 1.f / std::sqrt(static_cast<float>(n)));
+    fill(h.data, R * planes * n, 6, 1.5f);
+    fill(dh_in.data, R * planes * n, 7, 1.f);
+    fill(a_in.data, R * n, 8, 1.f);
     if (c.nan_neighbours) poison_odd_experts();
     // Element (e, plane, i, j) of W1 and dW1 under the three layouts.
     const int64_t N = n, D = d;
@@ -159,7 +200,10 @@ struct Problem {
       w1_view[p] = {w1.data + first, mixed ? planes * D : D, two ? N * D : planes * N * D};
       dw1_view[p] = {dw1.data + first * element, w1_view[p].row_stride, w1_view[p].expert_stride};
     }
-    if (c.accumulate) { start(dw1); start(dw2); }
+    if (c.accumulate) {
+      start(dw1);
+      start(dw2);
+    }
   }
   void poison_odd_experts() {
     const size_t T = s.T, d = s.d, n = s.n, E = s.E;
@@ -168,13 +212,26 @@ struct Problem {
     bf16 *px = x.data, *po = d_o.data, *p1 = w1.data, *p2 = w2.data, *pb = b2.data, *ph = h.data, *pd = dh_in.data, *pa = a_in.data;
     const int* ex = d_expert.data;
     if (!rows) for_each(T / 2 * d, [=] __device__(size_t i) { px[T / 2 * d + i] = po[T / 2 * d + i] = nan; });
-    else for_each(R * d, [=] __device__(size_t i) { if (ex[i / d] % 2) px[i] = po[i] = nan; });
+    else
+      for_each(R * d, [=] __device__(size_t i) {
+        if (ex[i / d] % 2) px[i] = po[i] = nan;
+      });
     const size_t per1 = planes * n * d, per2 = n * d, wide = planes * n;
-    for_each(E * per1, [=] __device__(size_t i) { if (i / per1 % 2) p1[i] = nan; });
-    for_each(E * per2, [=] __device__(size_t i) { if (i / per2 % 2) p2[i] = nan; });
-    for_each(E * d, [=] __device__(size_t i) { if (i / d % 2) pb[i] = nan; });
-    for_each(R * wide, [=] __device__(size_t i) { if (ex[i / wide] % 2) ph[i] = pd[i] = nan; });
-    for_each(R * n, [=] __device__(size_t i) { if (ex[i / n] % 2) pa[i] = nan; });
+    for_each(E * per1, [=] __device__(size_t i) {
+      if (i / per1 % 2) p1[i] = nan;
+    });
+    for_each(E * per2, [=] __device__(size_t i) {
+      if (i / per2 % 2) p2[i] = nan;
+    });
+    for_each(E * d, [=] __device__(size_t i) {
+      if (i / d % 2) pb[i] = nan;
+    });
+    for_each(R * wide, [=] __device__(size_t i) {
+      if (ex[i / wide] % 2) ph[i] = pd[i] = nan;
+    });
+    for_each(R * n, [=] __device__(size_t i) {
+      if (ex[i / n] % 2) pa[i] = nan;
+    });
   }
   // What the accumulator holds before the run: element i is normal(i, 9), rounded to the type.
   void start(Buffer<uint8_t>& b) {
@@ -193,7 +250,10 @@ struct Problem {
   UpProjBwdArgs dx_args() { return {s, r, dh_in.data, planes == 2 ? w1_view[0] : ConstWeight{}, w1_view[planes - 1], dx.data}; }
 };
 
-struct Sums { double error, reference; unsigned long long nan, disturbed; };   // disturbed: elements that must have kept their value
+struct Sums {
+  double error, reference;
+  unsigned long long nan, disturbed;
+};  // disturbed: elements that must have kept their value
 
 struct Verdict {
   bool ok = true;
@@ -201,35 +261,54 @@ struct Verdict {
     const double e = v.reference > 0 ? std::sqrt(v.error / v.reference) : std::sqrt(v.error);
     const bool good = e <= bound && v.nan == 0 && v.disturbed == 0;
     ok &= good;
-    if (!good || q.c.T > 10000) printf("  %-34s %-5s %.2e nan %llu disturbed %llu %s\n", q.c.name.c_str(), what, e, v.nan, v.disturbed, good ? "ok" : "FAIL");
+    if (!good || q.c.T > 10000)
+      printf("  %-34s %-5s %.2e nan %llu disturbed %llu %s\n", q.c.name.c_str(), what, e, v.nan, v.disturbed, good ? "ok" : "FAIL");
     fflush(stdout);
   }
 };
 
 __device__ void note(Sums* out, double have, double want) {
-  if (isnan(have)) { atomicAdd(&out->nan, 1ull); return; }
+  if (isnan(have)) {
+    atomicAdd(&out->nan, 1ull);
+    return;
+  }
   atomicAdd(&out->error, (have - want) * (have - want));
   atomicAdd(&out->reference, want * want);
 }
-template <class T> __device__ bool poisoned(const T* p) {
-  for (size_t i = 0; i < sizeof(T); i++) if (reinterpret_cast<const uint8_t*>(p)[i] != 0xFF) return false;
+template <class T>
+__device__ bool poisoned(const T* p) {
+  for (size_t i = 0; i < sizeof(T); i++)
+    if (reinterpret_cast<const uint8_t*>(p)[i] != 0xFF) return false;
   return true;
 }
 struct SumsOnDevice {
   Sums* p;
-  SumsOnDevice() { CHECK_CUDA(cudaMalloc(&p, sizeof(Sums))); CHECK_CUDA(cudaMemset(p, 0, sizeof(Sums))); }
+  SumsOnDevice() {
+    CHECK_CUDA(cudaMalloc(&p, sizeof(Sums)));
+    CHECK_CUDA(cudaMemset(p, 0, sizeof(Sums)));
+  }
   ~SumsOnDevice() { cudaFree(p); }
-  Sums get() const { Sums v; CHECK_CUDA(cudaMemcpy(&v, p, sizeof v, cudaMemcpyDeviceToHost)); return v; }
+  Sums get() const {
+    Sums v;
+    CHECK_CUDA(cudaMemcpy(&v, p, sizeof v, cudaMemcpyDeviceToHost));
+    return v;
+  }
 };
-template <class T> void guards(const Buffer<T>& b, size_t first_untouched, Sums* out) {
+template <class T>
+void guards(const Buffer<T>& b, size_t first_untouched, Sums* out) {
   const T* p = b.data;
-  for_each(b.size + Buffer<T>::kGuard - first_untouched, [=] __device__(size_t i) { if (!poisoned(p + first_untouched + i)) atomicAdd(&out->disturbed, 1ull); });
+  for_each(b.size + Buffer<T>::kGuard - first_untouched, [=] __device__(size_t i) {
+    if (!poisoned(p + first_untouched + i)) atomicAdd(&out->disturbed, 1ull);
+  });
   const T* before = b.base;
-  for_each(b.slack, [=] __device__(size_t i) { if (!poisoned(before + i)) atomicAdd(&out->disturbed, 1ull); });
+  for_each(b.slack, [=] __device__(size_t i) {
+    if (!poisoned(before + i)) atomicAdd(&out->disturbed, 1ull);
+  });
 }
 
 // samples = 0: every row. Odd experts are not looked at when they carry NaN.
-template <ActivationKind K> void verify_dh_as(Problem& q, Verdict& verdict, size_t samples) {
+template <ActivationKind K>
+void verify_dh_as(Problem& q, Verdict& verdict, size_t samples) {
   SumsOnDevice dh, a, ds;
   Sums *p_dh = dh.p, *p_a = a.p, *p_ds = ds.p;
   const size_t d = q.s.d, n = q.s.n, R = q.R, cap = q.s.R_cap, planes = q.planes, parts = q.parts;
@@ -246,7 +325,8 @@ template <ActivationKind K> void verify_dh_as(Problem& q, Verdict& verdict, size
     if (skip && e % 2) return;
     double da = 0;
     for (size_t k = 0; k < d; k++) da += double(float(d_o[token[row] * d + k])) * double(float(w2[(e * d + k) * n + c]));
-    const double gate = planes == 2 ? double(float(h[row * 2 * n + c])) : 0., up = double(float(h[(row * planes + planes - 1) * n + c])), s = double(score[row]);
+    const double gate = planes == 2 ? double(float(h[row * 2 * n + c])) : 0., up = double(float(h[(row * planes + planes - 1) * n + c])),
+                 s = double(score[row]);
     const auto act = activate<K, double>(gate, up, double(alpha), double(limit));
     atomicAdd(p_dot + row, da * act.a);
     if (planes == 2) note(p_dh, double(float(out_h[row * 2 * n + c])), s * da * act.d_gate);
@@ -257,13 +337,16 @@ template <ActivationKind K> void verify_dh_as(Problem& q, Verdict& verdict, size
     const size_t row = i * stride, e = expert[row];
     if (skip && e % 2) return;
     double want = p_dot[row], have = 0;
-    if (b2) for (size_t k = 0; k < d; k++) want += double(float(d_o[token[row] * d + k])) * double(float(b2[e * d + k]));
+    if (b2)
+      for (size_t k = 0; k < d; k++) want += double(float(d_o[token[row] * d + k])) * double(float(b2[e * d + k]));
     for (size_t part = 0; part < parts; part++) have += double(out_ds[part * cap + row]);
     note(p_ds, have, want);
   });
   guards(q.dh, R * planes * n, dh.p);
   guards(q.a_prime, R * n, a.p);
-  for_each(parts * (cap - R), [=] __device__(size_t i) { if (!poisoned(out_ds + i / (cap - R) * cap + R + i % (cap - R))) atomicAdd(&p_ds->disturbed, 1ull); });
+  for_each(parts * (cap - R), [=] __device__(size_t i) {
+    if (!poisoned(out_ds + i / (cap - R) * cap + R + i % (cap - R))) atomicAdd(&p_ds->disturbed, 1ull);
+  });
   guards(q.ds, parts * cap, ds.p);
   verdict(q, "dH", dh.get(), 4e-3);
   verdict(q, "A'", a.get(), 4e-3);
@@ -273,7 +356,10 @@ void verify_dh(Problem& q, Verdict& verdict, size_t samples) {
   dispatch_activation(q.s.act.kind, [&](auto tag) { verify_dh_as<decltype(tag)::kind>(q, verdict, samples); });
 }
 
-struct View { const bf16* p; int64_t row, expert; };
+struct View {
+  const bf16* p;
+  int64_t row, expert;
+};
 void verify_dx(Problem& q, Verdict& verdict, size_t samples) {
   SumsOnDevice sums;
   Sums* out = sums.p;
@@ -296,7 +382,9 @@ void verify_dx(Problem& q, Verdict& verdict, size_t samples) {
     note(out, double(float(dx[row * d + c])), want);
   });
   if (q.s.kind == RoutingKind::Rows) {
-    for_each((cap - R) * d, [=] __device__(size_t i) { if (float(dx[R * d + i]) != 0.f) atomicAdd(&out->disturbed, 1ull); });
+    for_each((cap - R) * d, [=] __device__(size_t i) {
+      if (float(dx[R * d + i]) != 0.f) atomicAdd(&out->disturbed, 1ull);
+    });
     guards(q.dx, cap * d, out);
   } else {
     guards(q.dx, R * d, out);
@@ -304,7 +392,8 @@ void verify_dx(Problem& q, Verdict& verdict, size_t samples) {
   verdict(q, "dX~", sums.get(), 4e-3);
 }
 
-template <class Out> void verify_dw_as(Problem& q, Verdict& verdict, bool first, size_t samples) {
+template <class Out>
+void verify_dw_as(Problem& q, Verdict& verdict, bool first, size_t samples) {
   SumsOnDevice sums;
   Sums* out = sums.p;
   const size_t d = q.s.d, n = q.s.n, E = q.s.E, planes = first ? q.planes : 1;
@@ -323,11 +412,12 @@ template <class Out> void verify_dw_as(Problem& q, Verdict& verdict, bool first,
   const bool all = looked == total;
   for_each(looked, [=] __device__(size_t index) {
     const size_t i = all ? index : mix(index) % total;
-    const size_t e = i / (planes * n * d), plane = i / (n * d) % planes, a = i / d % n, b = i % d;   // a of n, b of d
+    const size_t e = i / (planes * n * d), plane = i / (n * d) % planes, a = i / d % n, b = i % d;  // a of n, b of d
     if (skip && e % 2) return;
     const size_t at = (plane ? s1 : s0) + e * es + (first ? a * rs + b : b * rs + a);
     double want = accumulate ? double(float(Out(normal(at, 9)))) : 0.;
-    for (int row = offsets[e]; row < offsets[e + 1]; row++) want += double(float(g[token[row] * d + b])) * double(float(c[(row * planes + plane) * n + a]));
+    for (int row = offsets[e]; row < offsets[e + 1]; row++)
+      want += double(float(g[token[row] * d + b])) * double(float(c[(row * planes + plane) * n + a]));
     note(out, double(float(base[at])), want);
     if (offsets[e] == offsets[e + 1] && double(float(base[at])) != want) atomicAdd(&out->disturbed, 1ull);
   });
@@ -343,27 +433,50 @@ const std::vector<int> kRagged = {0, 1, 127, 128, 129, 300, 64, 513};
 
 std::vector<Case> cases() {
   std::vector<Case> list;
-  auto add = [&](Case c) { list.push_back(std::move(c)); return &list.back(); };
+  auto add = [&](Case c) {
+    list.push_back(std::move(c));
+    return &list.back();
+  };
   for (auto [d, n] : {std::pair{320, 192}, {512, 256}, {64, 64}, {8, 8}, {72, 104}, {104, 72}, {8, 640}, {640, 8}, {768, 320}, {200, 584}})
     add({fmt::format("d {} n {}", d, n), 600, d, n, 8, kRagged});
-  for (Layout layout : {Layout::Interleaved, Layout::TwoTensors}) add({fmt::format("layout {}", static_cast<int>(layout)), 600, 320, 200, 8, kRagged})->layout = layout;
-  for (int kind = 1; kind <= 8; kind++) add({fmt::format("activation {}", kind), 600, 192, 328, 8, kRagged})->act.kind = static_cast<ActivationKind>(kind);
-  for (ActivationKind kind : {ActivationKind::SwiGLU, ActivationKind::SwiGLUOai}) add({"clamped", 600, 128, 64, 8, kRagged})->act = {kind, 1.702f, 1.5f};
+  for (Layout layout : {Layout::Interleaved, Layout::TwoTensors})
+    add({fmt::format("layout {}", static_cast<int>(layout)), 600, 320, 200, 8, kRagged})->layout = layout;
+  for (int kind = 1; kind <= 8; kind++)
+    add({fmt::format("activation {}", kind), 600, 192, 328, 8, kRagged})->act.kind = static_cast<ActivationKind>(kind);
+  for (ActivationKind kind : {ActivationKind::SwiGLU, ActivationKind::SwiGLUOai})
+    add({"clamped", 600, 128, 64, 8, kRagged})->act = {kind, 1.702f, 1.5f};
   for (DType type : {DType::F32, DType::BF16})
     for (bool accumulate : {false, true})
       for (Layout layout : {Layout::Concatenated, Layout::Interleaved}) {
-        Case* c = add({fmt::format("{} {} layout {}", type == DType::F32 ? "fp32" : "bf16", accumulate ? "accumulated" : "overwritten", static_cast<int>(layout)), 600, 200, 328, 8, kRagged});
-        c->out_dtype = type; c->accumulate = accumulate; c->layout = layout;
+        Case* c = add({fmt::format("{} {} layout {}", type == DType::F32 ? "fp32" : "bf16", accumulate ? "accumulated" : "overwritten",
+                                   static_cast<int>(layout)),
+                       600, 200, 328, 8, kRagged});
+        c->out_dtype = type;
+        c->accumulate = accumulate;
+        c->layout = layout;
       }
   add({"rows", 0, 264, 136, 8, kRagged})->kind = RoutingKind::Rows;
-  { Case* c = add({"rows, plain, NaN neighbours", 0, 264, 136, 8, kRagged}); c->kind = RoutingKind::Rows; c->act.kind = ActivationKind::ReLU2; c->nan_neighbours = true; }
-  for (auto [d, n] : {std::pair{320, 192}, {72, 104}, {512, 256}}) add({fmt::format("NaN neighbours d {} n {}", d, n), 600, d, n, 8, {128, 1, 127, 129, 0, 64, 300, 513}})->nan_neighbours = true;
-  { Case* c = add({"output bias", 600, 200, 584, 8, kRagged}); c->bias = true; }
+  {
+    Case* c = add({"rows, plain, NaN neighbours", 0, 264, 136, 8, kRagged});
+    c->kind = RoutingKind::Rows;
+    c->act.kind = ActivationKind::ReLU2;
+    c->nan_neighbours = true;
+  }
+  for (auto [d, n] : {std::pair{320, 192}, {72, 104}, {512, 256}})
+    add({fmt::format("NaN neighbours d {} n {}", d, n), 600, d, n, 8, {128, 1, 127, 129, 0, 64, 300, 513}})->nan_neighbours = true;
+  {
+    Case* c = add({"output bias", 600, 200, 584, 8, kRagged});
+    c->bias = true;
+  }
   add({"one expert", 600, 256, 128, 1, {1000}});
   add({"no rows", 600, 256, 128, 4, {0, 0, 0, 0}});
-  { Case* c = add({"no rows, accumulated", 600, 256, 128, 4, {0, 0, 0, 0}}); c->accumulate = true; c->out_dtype = DType::F32; }
+  {
+    Case* c = add({"no rows, accumulated", 600, 256, 128, 4, {0, 0, 0, 0}});
+    c->accumulate = true;
+    c->out_dtype = DType::F32;
+  }
   add({"no capacity", 600, 256, 128, 4, {0, 0, 0, 0}})->spare = 0;
-  std::vector<int> many(160);                       // several tiles for every CTA, all phases of the rings
+  std::vector<int> many(160);  // several tiles for every CTA, all phases of the rings
   for (int e = 0; e < 160; e++) many[e] = (e * 37) % 200;
   add({"many experts", 4000, 520, 392, 160, many})->spare = 0;
   return list;
@@ -373,13 +486,17 @@ int check() {
   Verdict verdict;
   int count = 0;
   for (const Case& c : cases()) {
-    printf("case %s\n", c.name.c_str()); fflush(stdout);
+    printf("case %s\n", c.name.c_str());
+    fflush(stdout);
     Problem q(c);
     std::vector<uint8_t> first[6];
     for (int run = 0; run < 2; run++) {
       for (auto* b : {&q.dh, &q.a_prime, &q.dx}) b->poison();
       q.ds.poison();
-      for (auto* b : {&q.dw1, &q.dw2}) { b->poison(); if (c.accumulate) q.start(*b); }
+      for (auto* b : {&q.dw1, &q.dw2}) {
+        b->poison();
+        if (c.accumulate) q.start(*b);
+      }
       cuda::hopper::down_proj_bwd(q.dh_args(), {});
       CHECK_CUDA(cudaDeviceSynchronize());
       cuda::hopper::up_proj_bwd(q.dx_args(), {});
@@ -394,11 +511,18 @@ int check() {
         verify_dw(q, verdict, false, 0);
         verify_dw(q, verdict, true, 0);
       }
-      auto bytes = [](const auto& b) { const auto v = b.download(); const auto* p = reinterpret_cast<const uint8_t*>(v.data()); return std::vector<uint8_t>(p, p + v.size() * sizeof v[0]); };
+      auto bytes = [](const auto& b) {
+        const auto v = b.download();
+        const auto* p = reinterpret_cast<const uint8_t*>(v.data());
+        return std::vector<uint8_t>(p, p + v.size() * sizeof v[0]);
+      };
       const std::vector<uint8_t> now[6] = {bytes(q.dh), bytes(q.a_prime), bytes(q.ds), bytes(q.dx), bytes(q.dw1), bytes(q.dw2)};
       for (int i = 0; i < 6; i++) {
         if (run == 0) first[i] = now[i];
-        else if (first[i] != now[i]) { printf("  output %d differs in the second run: FAIL\n", i); verdict.ok = false; }
+        else if (first[i] != now[i]) {
+          printf("  output %d differs in the second run: FAIL\n", i);
+          verdict.ok = false;
+        }
       }
     }
     count++;
@@ -407,11 +531,14 @@ int check() {
   return !verdict.ok;
 }
 
-struct PerfShape { const char* name; int64_t T, d, n, E, K; };
+struct PerfShape {
+  const char* name;
+  int64_t T, d, n, E, K;
+};
 constexpr PerfShape kShapes[] = {
-    {"30B-n1024-K4", 32768, 4096, 1024, 64, 4}, {"30B-n512-K8", 32768, 4096, 512, 128, 8}, {"30B-n256-K16", 32768, 4096, 256, 256, 16},
-    {"7B-n1024-K2", 24576, 1536, 1024, 32, 2}, {"7B-n512-K4", 24576, 1536, 512, 64, 4}, {"7B-n256-K8", 24576, 1536, 256, 128, 8},
-    {"1.4B-n256-K8", 40960, 768, 256, 128, 8}, {"OLMoE-1B-7B", 32768, 2048, 1024, 64, 8}, {"Qwen3-30B-A3B", 32768, 2048, 768, 128, 8},
+    {"30B-n1024-K4", 32768, 4096, 1024, 64, 4},    {"30B-n512-K8", 32768, 4096, 512, 128, 8}, {"30B-n256-K16", 32768, 4096, 256, 256, 16},
+    {"7B-n1024-K2", 24576, 1536, 1024, 32, 2},     {"7B-n512-K4", 24576, 1536, 512, 64, 4},   {"7B-n256-K8", 24576, 1536, 256, 128, 8},
+    {"1.4B-n256-K8", 40960, 768, 256, 128, 8},     {"OLMoE-1B-7B", 32768, 2048, 1024, 64, 8}, {"Qwen3-30B-A3B", 32768, 2048, 768, 128, 8},
     {"Qwen3-Next-80B", 32768, 2048, 512, 512, 10}, {"gpt-oss-20b", 32768, 2880, 2880, 32, 4}, {"DeepSeek-V3", 16384, 7168, 2048, 256, 8}};
 
 int perf(bool random, const char* only) {
@@ -420,7 +547,7 @@ int perf(bool random, const char* only) {
   for (const PerfShape& f : kShapes) {
     if (only && !strstr(f.name, only)) continue;
     std::vector<int> counts(f.E, static_cast<int>(f.T * f.K / f.E));
-    if (random) {                                   // multinomial, as uniform routing gives
+    if (random) {  // multinomial, as uniform routing gives
       std::mt19937 rng(3);
       std::fill(counts.begin(), counts.end(), 0);
       for (int64_t i = 0; i < f.T * f.K; i++) counts[rng() % f.E]++;
@@ -428,14 +555,27 @@ int perf(bool random, const char* only) {
     Case c{f.name, f.T, f.d, f.n, f.E, counts};
     c.spare = 0;
     Problem q(c);
-    struct Kernel { const char* name; std::function<void()> run; double flop; };
+    struct Kernel {
+      const char* name;
+      std::function<void()> run;
+      double flop;
+    };
     const double unit = 2.0 * static_cast<double>(q.R) * static_cast<double>(f.n) * static_cast<double>(f.d);
-    const Kernel kernels[] = {{"dH", [&] { cuda::hopper::down_proj_bwd(q.dh_args(), {}); }, unit}, {"dX~", [&] { cuda::hopper::up_proj_bwd(q.dx_args(), {}); }, 2 * unit},
-                              {"dW2", [&] { cuda::hopper::weight_grad_w2(q.dw2_args(), {}); }, unit}, {"dW1", [&] { cuda::hopper::weight_grad_w1(q.dw1_args(), {}); }, 2 * unit}};
-    for (const Kernel& k : kernels) { k.run(); CHECK_CUDA(cudaDeviceSynchronize()); }
-    verify_dh(q, verdict, 24); verify_dx(q, verdict, 24); verify_dw(q, verdict, false, 4000); verify_dw(q, verdict, true, 4000);
+    const Kernel kernels[] = {{"dH", [&] { cuda::hopper::down_proj_bwd(q.dh_args(), {}); }, unit},
+                              {"dX~", [&] { cuda::hopper::up_proj_bwd(q.dx_args(), {}); }, 2 * unit},
+                              {"dW2", [&] { cuda::hopper::weight_grad_w2(q.dw2_args(), {}); }, unit},
+                              {"dW1", [&] { cuda::hopper::weight_grad_w1(q.dw1_args(), {}); }, 2 * unit}};
+    for (const Kernel& k : kernels) {
+      k.run();
+      CHECK_CUDA(cudaDeviceSynchronize());
+    }
+    verify_dh(q, verdict, 24);
+    verify_dx(q, verdict, 24);
+    verify_dw(q, verdict, false, 4000);
+    verify_dw(q, verdict, true, 4000);
     cudaEvent_t begin, end;
-    CHECK_CUDA(cudaEventCreate(&begin)); CHECK_CUDA(cudaEventCreate(&end));
+    CHECK_CUDA(cudaEventCreate(&begin));
+    CHECK_CUDA(cudaEventCreate(&end));
     auto timed = [&](const Kernel& k, int times) {
       CHECK_CUDA(cudaEventRecord(begin));
       for (int i = 0; i < times; i++) k.run();

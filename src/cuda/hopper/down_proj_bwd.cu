@@ -18,21 +18,21 @@ namespace {
 
 constexpr int kM = 64, kN = 256, kStages = 5;
 constexpr int kABytes = kM * 128, kPanelBytes = 64 * 128, kBBytes = kN / 64 * kPanelBytes;
-constexpr int kChunk = 32, kBuffers = 2, kPlaneBytes = 16 * kChunk * 2, kBufferBytes = 3 * kPlaneBytes;   // a buffer holds gate, up and A' of 16 rows
+constexpr int kChunk = 32, kBuffers = 2, kPlaneBytes = 16 * kChunk * 2, kBufferBytes = 3 * kPlaneBytes;  // a buffer holds gate, up and A' of 16 rows
 constexpr int kStaging = 4 * kBuffers * kBufferBytes;
 constexpr int kSmem = kStages * (kABytes + kBBytes) + kStaging + 2 * kStages * 8 + 4 * kBuffers * 8;
 static_assert(kSmem <= 232448);
 
 struct DownProjBwdParams {
-  CUtensorMap w2;         // [E][d][n], box {64, 64, 1}
-  CUtensorMap h;          // [planes][R_cap][n], box {32, 16, planes}
-  CUtensorMap dh;         // ragged, box {32, 16, 1, planes}
-  CUtensorMap a_prime;    // ragged, box {32, 16, 1}
+  CUtensorMap w2;       // [E][d][n], box {64, 64, 1}
+  CUtensorMap h;        // [planes][R_cap][n], box {32, 16, planes}
+  CUtensorMap dh;       // ragged, box {32, 16, 1, planes}
+  CUtensorMap a_prime;  // ragged, box {32, 16, 1}
   WalkStep step;
-  const bf16* d_o;        // [T, d]
-  const int* token;       // row -> row of d_o; null: itself
-  const float* score;     // null: 1
-  float* ds;              // [column tiles][R_cap]
+  const bf16* d_o;     // [T, d]
+  const int* token;    // row -> row of d_o; null: itself
+  const float* score;  // null: 1
+  float* ds;           // [column tiles][R_cap]
   int d, n, R_cap;
   float alpha, limit;
 };
@@ -41,17 +41,20 @@ struct DownProjBwdParams {
 template <ActivationKind K, bool kClamped>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bwd_kernel(const __grid_constant__ DownProjBwdParams p) {
   constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
-  constexpr int kTogether = K == ActivationKind::SwiGLU && !kClamped ? 2 : 1;   // 16-column halves of a chunk in registers at a time
+  constexpr int kTogether = K == ActivationKind::SwiGLU && !kClamped ? 2 : 1;  // 16-column halves of a chunk in registers at a time
   extern __shared__ __align__(1024) uint8_t raw[];
   const uint32_t s_a = smem_u32(raw), s_b = s_a + kStages * kABytes, s_staging = s_b + kStages * kBBytes, bars = s_staging + kStaging;
   auto full = [&](int s) { return bars + 8 * s; };
   auto empty = [&](int s) { return bars + 8 * (kStages + s); };
-  auto loaded = [&](int warp, int b) { return bars + 16 * kStages + 8 * (warp * kBuffers + b); };   // H stands in buffer b of the warp
+  auto loaded = [&](int warp, int b) { return bars + 16 * kStages + 8 * (warp * kBuffers + b); };  // H stands in buffer b of the warp
   const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
   const int blocks = (p.d + 63) / 64;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; s++) { mbar_init(full(s), 129); mbar_init(empty(s), 4 * 2); }
+    for (int s = 0; s < kStages; s++) {
+      mbar_init(full(s), 129);
+      mbar_init(empty(s), 4 * 2);
+    }
     for (int i = 0; i < 4 * kBuffers; i++) mbar_init(loaded(0, i), 1);
     mbar_init_fence();
   }
@@ -61,9 +64,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
 
   if (wg == 0) {
     reg_dec<56>();
-    constexpr int kRows = kM / 16;   // this thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i
+    constexpr int kRows = kM / 16;  // this thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i
     const uint32_t dst0 = s_a + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    int source[kRows];               // rows of d_o; past the expert's end its last row, which the store clips
+    int source[kRows];  // rows of d_o; past the expert's end its last row, which the store clips
     auto fetch = [&](const OutputTile& t) {
       if (!t.valid()) return;
 #pragma unroll
@@ -100,37 +103,50 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
           }
         }
         if (any) {
-          const int bytes = k * 64 + (tid % 8) * 8 < p.d ? 16 : 0;   // columns past d are zero
+          const int bytes = k * 64 + (tid % 8) * 8 < p.d ? 16 : 0;  // columns past d are zero
 #pragma unroll
-          for (int i = 0; i < kRows; i++) { cp_async16_zfill(dst0 + s * kABytes + i * 2048, src[i], bytes); src[i] += 128; }
+          for (int i = 0; i < kRows; i++) {
+            cp_async16_zfill(dst0 + s * kABytes + i * 2048, src[i], bytes);
+            src[i] += 128;
+          }
         }
         cp_async_mbar_arrive_noinc(full(s));
-        if (++s == kStages) { s = 0; phase ^= 1; }
+        if (++s == kStages) {
+          s = 0;
+          phase ^= 1;
+        }
       }
     }
   } else {
     reg_inc<224>();
     const int w = wg - 1;
-    auto release = [&](int s) { if (lane < 2) mbar_arrive_remote(empty(s), lane); };
+    auto release = [&](int s) {
+      if (lane < 2) mbar_arrive_remote(empty(s), lane);
+    };
     auto buffer_at = [&](int b) { return s_staging + (warp * kBuffers + b) * kBufferBytes; };
-    auto first_row = [&](const OutputTile& t) { return t.row + rank * kM + warp * 16; };              // of this warp
+    auto first_row = [&](const OutputTile& t) { return t.row + rank * kM + warp * 16; };  // of this warp
     auto chunks = [&](const OutputTile& t) { return first_row(t) < t.row_end ? (min(kN, p.n - t.column * kN) + kChunk - 1) / kChunk : 0; };
-    auto load_h = [&](const OutputTile& t, int chunk, int b) {                                        // one lane
+    auto load_h = [&](const OutputTile& t, int chunk, int b) {  // one lane
       mbar_arrive_expect_tx(loaded(warp, b), kPlanes * kPlaneBytes);
       tma_load_3d(buffer_at(b), &p.h, loaded(warp, b), t.column * kN + chunk * kChunk, first_row(t), 0);
     };
-    int buffer = 0;                 // of the next chunk; the pair of warps counts through the tiles of both
-    uint32_t parities = 0;          // bit b: the phase of buffer b that comes next
+    int buffer = 0;         // of the next chunk; the pair of warps counts through the tiles of both
+    uint32_t parities = 0;  // bit b: the phase of buffer b that comes next
     auto preload = [&](const OutputTile& t) {
       if (lane == 0) {
         for (int c = 0; c < min(chunks(t), kBuffers); c++) load_h(t, c, (buffer + c) % kBuffers);
       }
       __syncwarp();
     };
-    auto skip = [&](const OutputTile& t) { for (int c = chunks(t); c > 0; c--) { parities ^= 1u << buffer; buffer = (buffer + 1) % kBuffers; } };
+    auto skip = [&](const OutputTile& t) {
+      for (int c = chunks(t); c > 0; c--) {
+        parities ^= 1u << buffer;
+        buffer = (buffer + 1) % kBuffers;
+      }
+    };
 
     float acc[kN / 2];
-    int used = 0;                   // stages of the ring so far, those of the other warpgroup included
+    int used = 0;  // stages of the ring so far, those of the other warpgroup included
     OutputTile next = tile_at(at, p.step, entries);
     if (w == 0) {
       if (next.valid()) preload(next);
@@ -139,13 +155,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
       used = blocks;
       at.advance(p.step);
       next = tile_at(at, p.step, entries);
-      bar_arrive(3, 256);           // warpgroup 0 starts
-      bar_arrive(6 + warp, 64);     // and owns the buffers
+      bar_arrive(3, 256);        // warpgroup 0 starts
+      bar_arrive(6 + warp, 64);  // and owns the buffers
     }
     while (next.valid()) {
       const OutputTile t = next;
       at.advance(p.step);
-      const OutputTile peer = tile_at(at, p.step, entries);   // of the other warpgroup
+      const OutputTile peer = tile_at(at, p.step, entries);  // of the other warpgroup
       at.advance(p.step);
       next = tile_at(at, p.step, entries);
       const int row = first_row(t), v = min(16, t.row_end - row), count = chunks(t);
@@ -154,7 +170,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
 #pragma unroll
       for (int h = 0; h < 2; h++) score[h] = p.score ? __ldg(p.score + min(row + lane / 4 + 8 * h, p.R_cap - 1)) : 1.f;
 
-      bar_sync(3 + w, 256);         // my turn at the tensor cores
+      bar_sync(3 + w, 256);  // my turn at the tensor cores
       int s = used % kStages, previous = -1;
       uint32_t phase = used / kStages & 1;
       used += 2 * blocks;
@@ -167,16 +183,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
             wgmma_fence();
             const uint64_t a = desc_sw128(s_a + s * kABytes, 16, 1024), b = desc_sw128(s_b + s * kBBytes, kPanelBytes, 1024);
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) Wgmma<N, 0, 1>::mma(*reinterpret_cast<float (*)[N / 2]>(&acc[0]), a + 2 * kk, b + 128 * kk, (k | kk) != 0);
+            for (int kk = 0; kk < 4; kk++) Wgmma<N, 0, 1>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[0]), a + 2 * kk, b + 128 * kk, (k | kk) != 0);
             wgmma_commit();
           }
           wgmma_wait<1>();
           if (previous >= 0) release(previous);
           previous = s;
-          if (++s == kStages) { s = 0; phase ^= 1; }
+          if (++s == kStages) {
+            s = 0;
+            phase ^= 1;
+          }
         }
       };
-      const int columns = p.n - t.column * kN;                // a narrower last tile costs no more than its columns
+      const int columns = p.n - t.column * kN;  // a narrower last tile costs no more than its columns
       if (columns <= 64) mainloop(std::integral_constant<int, 64>());
       else if (columns <= 128) mainloop(std::integral_constant<int, 128>());
       else if (columns <= 192) mainloop(std::integral_constant<int, 192>());
@@ -185,14 +204,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
       wgmma_wait<0>();
       release(previous);
 
-      bar_sync(6 + w * 4 + warp, 64);                         // the other warp is done with the buffers: parities would be ambiguous otherwise
+      bar_sync(6 + w * 4 + warp, 64);  // the other warp is done with the buffers: parities would be ambiguous otherwise
       const int peer_count = peer.valid() ? chunks(peer) : 0;
-      auto load_ahead = [&](int c, int b) {                   // the chunk that follows c in its buffer: of this tile, or one of the peer's first
+      auto load_ahead = [&](int c, int b) {  // the chunk that follows c in its buffer: of this tile, or one of the peer's first
         const int ahead = c + kBuffers;
         if (ahead < count) load_h(t, ahead, b);
         else if (ahead - count < min(peer_count, kBuffers)) load_h(peer, ahead - count, b);
       };
-      if (lane == 0) for (int c = count - kBuffers; c < 0; c++) load_ahead(c, (buffer + kBuffers + c) % kBuffers);   // few chunks: buffers that this tile leaves free
+      if (lane == 0)
+        for (int c = count - kBuffers; c < 0; c++)
+          load_ahead(c, (buffer + kBuffers + c) % kBuffers);  // few chunks: buffers that this tile leaves free
       float ds[2] = {0.f, 0.f};
 #pragma unroll
       for (int c = 0; c < kN / kChunk; c++) {
@@ -213,7 +234,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
 #pragma unroll
           for (int j = 0; j < kTogether; j++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {                     // fragment i: column block 2 (j0 + j) + i / 2, row half i % 2
+            for (int i = 0; i < 4; i++) {  // fragment i: column block 2 (j0 + j) + i / 2, row half i % 2
               const int h = i & 1;
               const float2 g = kPlanes == 2 ? unpack(gate[j][i]) : float2{}, u = unpack(up[j][i]);
               float d_gate[2], d_up[2], scaled[2];
@@ -222,7 +243,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
                 const float da = acc[(c * (kChunk / 8) + 2 * (j0 + j) + (i >> 1)) * 4 + h * 2 + e], sda = score[h] * da;
                 const ActivationGrad<float> act = activate<K, float>(e ? g.y : g.x, e ? u.y : u.x, p.alpha, kClamped ? p.limit : 0.f);
                 ds[h] = fmaf(da, act.a, ds[h]);
-                d_gate[e] = sda * act.d_gate; d_up[e] = sda * act.d_up; scaled[e] = score[h] * act.a;
+                d_gate[e] = sda * act.d_gate;
+                d_up[e] = sda * act.d_up;
+                scaled[e] = score[h] * act.a;
               }
               if constexpr (kPlanes == 2) gate[j][i] = pack(d_gate[0], d_gate[1]);
               up[j][i] = pack(d_up[0], d_up[1]);
@@ -243,7 +266,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
           tma_store_4d(&p.dh, buf, col, 16 - v, row + v, 0);
           tma_store_4d(&p.a_prime, buf + 2 * kPlaneBytes, col, kRaggedRows - v, row + v, 0);
           bulk_commit();
-          if (c > 0) {                                        // H into the buffer of the previous chunk, whose store has been read by now
+          if (c > 0) {  // H into the buffer of the previous chunk, whose store has been read by now
             bulk_wait_read<1>();
             load_ahead(c - 1, (buffer + kBuffers - 1) % kBuffers);
           }
@@ -263,16 +286,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
       }
       __syncwarp();
       if (peer.valid()) skip(peer);
-      bar_arrive(6 + (1 - w) * 4 + warp, 64);                 // the buffers are the other warp's
+      bar_arrive(6 + (1 - w) * 4 + warp, 64);  // the buffers are the other warp's
     }
     if (lane == 0) bulk_wait<0>();
   }
-  cluster_sync();   // no CTA leaves while its peer may still arrive here
+  cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
 
 // dS += <dO, b2>, into the first partial. One warp a row; only layers with an output bias run it.
-__global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, const int* token, const bf16* b2, int64_t stride,
-                                                         int64_t expert_stride, int d, float* ds) {
+__global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, const int* token,
+                                                         const bf16* b2, int64_t stride, int64_t expert_stride, int d, float* ds) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = blockIdx.x; i < header->tiles; i += gridDim.x) {
     const WorkTile t = tiles[i];
@@ -309,7 +332,8 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   DownProjBwdParams p{};
   p.w2 = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, 64, 1}, 128);
   p.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 2 * kChunk);
-  p.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n}, {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
+  p.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n},
+                          {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
   p.a_prime = ragged_store_map(a.a_prime, R, 1, n, kChunk);
   const int64_t columns = ds_parts(s);
   const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * work_capacity(s.R_cap, s.E, kTileRows)));
@@ -318,8 +342,11 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   p.token = a.routing.token;
   p.score = static_cast<const float*>(a.routing.score);
   p.ds = static_cast<float*>(a.ds_parts);
-  p.d = static_cast<int>(d); p.n = static_cast<int>(n); p.R_cap = static_cast<int>(R);
-  p.alpha = s.act.alpha; p.limit = s.act.limit;
+  p.d = static_cast<int>(d);
+  p.n = static_cast<int>(n);
+  p.R_cap = static_cast<int>(R);
+  p.alpha = s.act.alpha;
+  p.limit = s.act.limit;
   dispatch_activation(s.act.kind, [&](auto tag) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
     auto launch = [&](auto clamped) { launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value>, 2 * clusters, kSmem, stream, p); };
@@ -330,7 +357,8 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   });
   if (a.b2.base) {
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E, kTileRows)));
-    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, p.d_o, p.token, static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, p.d, p.ds);
+    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, p.d_o, p.token, static_cast<const bf16*>(a.b2.base), a.b2.stride,
+                                                           a.b2.expert_stride, p.d, p.ds);
     MACHMOE_CUDA_CALL(cudaGetLastError());
   }
 }

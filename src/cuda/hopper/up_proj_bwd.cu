@@ -21,9 +21,9 @@ constexpr int kSmem = kStages * (kABytes + kBBytes) + kStaging + 2 * kStages * 8
 static_assert(kSmem <= 232448);
 
 struct UpProjBwdParams {
-  CUtensorMap dh;         // [planes][R_cap][n], box {64, 128, 1}
-  CUtensorMap w1[2];      // [E][n][d] per plane, box {64, 32, 1}
-  CUtensorMap dx;         // ragged, box {64, 16, 1}
+  CUtensorMap dh;     // [planes][R_cap][n], box {64, 128, 1}
+  CUtensorMap w1[2];  // [E][n][d] per plane, box {64, 32, 1}
+  CUtensorMap dx;     // ragged, box {64, 16, 1}
   WalkStep step;
   int d, planes, blocks;  // k-blocks per plane
   bf16* zero_rows;        // Rows: rows R .. R_cap - 1 become zero; else null
@@ -39,7 +39,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
   const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; s++) { mbar_init(full(s), 4); mbar_init(empty(s), 4 * 2); }
+    for (int s = 0; s < kStages; s++) {
+      mbar_init(full(s), 4);
+      mbar_init(empty(s), 4 * 2);
+    }
     mbar_init_fence();
   }
   cluster_sync();
@@ -48,14 +51,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
 
   if (wg == 0) {
     reg_dec<40>();
-    if (lane == 0) {                                            // warps 0 to 2 load a panel of W1 each, warp 3 the rows of dH
+    if (lane == 0) {  // warps 0 to 2 load a panel of W1 each, warp 3 the rows of dH
       int s = 0;
       uint32_t phase = 0;
       PairedTile next(at, p.step, tiles, rank);
       while (!next.ended) {
         const PairedTile t = next;
         at.advance(p.step);
-        next = PairedTile(at, p.step, tiles, rank);             // its latency hides behind this tile
+        next = PairedTile(at, p.step, tiles, rank);  // its latency hides behind this tile
         const int expert = t.expert(), row = t.row(), col = t.column * kN + warp * 64;
         const bool shared = t.shared();
         for (int plane = 0; plane < p.planes; plane++)
@@ -74,7 +77,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
                 tma_load_3d(panel + kPanelBytes / 2, &p.w1[plane], full(s), col, k * 64 + 32, expert);
               }
             }
-            if (++s == kStages) { s = 0; phase ^= 1; }
+            if (++s == kStages) {
+              s = 0;
+              phase ^= 1;
+            }
           }
       }
     }
@@ -86,17 +92,23 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
   } else {
     reg_inc<232>();
     const int w = wg - 1, k_blocks = p.planes * p.blocks;
-    auto release = [&](int s) { if (lane < 2) mbar_arrive_remote(empty(s), lane); };
+    auto release = [&](int s) {
+      if (lane < 2) mbar_arrive_remote(empty(s), lane);
+    };
     const uint32_t staging = s_staging + (w * 4 + warp) * kBuffers * kBoxBytes;
-    int buffer = 0, used = 0;                                   // used: stages of the ring so far, those of the other warpgroup included
+    int buffer = 0, used = 0;  // used: stages of the ring so far, those of the other warpgroup included
     float acc[2][kN / 2];
-    if (w == 1) { at.advance(p.step); used = k_blocks; bar_arrive(3, 256); }   // warpgroup 0 starts
+    if (w == 1) {
+      at.advance(p.step);
+      used = k_blocks;
+      bar_arrive(3, 256);
+    }  // warpgroup 0 starts
     for (;; at.advance(p.step), at.advance(p.step)) {
-      const PairedTile t(at, p.step, tiles, rank);              // the other warpgroup computes meanwhile
+      const PairedTile t(at, p.step, tiles, rank);  // the other warpgroup computes meanwhile
       if (t.ended) break;
       const int row0 = t.row(), row_end = t.row_end();
       const bool any = !t.absent;
-      bar_sync(3 + w, 256);                                     // my turn at the tensor cores
+      bar_sync(3 + w, 256);  // my turn at the tensor cores
       int s = used % kStages, previous = -1;
       uint32_t phase = used / kStages & 1;
       used += 2 * k_blocks;
@@ -111,16 +123,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
             for (int kk = 0; kk < 4; kk++)
 #pragma unroll
               for (int i = 0; i < 2; i++)
-                Wgmma<N, 0, 1>::mma(*reinterpret_cast<float (*)[N / 2]>(&acc[i][0]), a + 2 * kk + 512 * i, b + 128 * kk, (k | kk) != 0);
+                Wgmma<N, 0, 1>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[i][0]), a + 2 * kk + 512 * i, b + 128 * kk, (k | kk) != 0);
             wgmma_commit();
           }
           wgmma_wait<1>();
           if (previous >= 0) release(previous);
           previous = s;
-          if (++s == kStages) { s = 0; phase ^= 1; }
+          if (++s == kStages) {
+            s = 0;
+            phase ^= 1;
+          }
         }
       };
-      const int columns = p.d - t.column * kN;                  // a narrower last tile costs no more than its columns
+      const int columns = p.d - t.column * kN;  // a narrower last tile costs no more than its columns
       if (columns <= 64) mainloop(std::integral_constant<int, 64>());
       else if (columns <= 128) mainloop(std::integral_constant<int, 128>());
       else mainloop(std::integral_constant<int, kN>());
@@ -141,7 +156,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
 #pragma unroll
           for (int j = 0; j < 8; j += 2) {
             const float* f = &acc[i][(c * 8 + j) * 4];
-            stmatrix_x4(buf + srow * 128 + (((j + (lane >> 4)) ^ (srow & 7)) << 4), pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
+            stmatrix_x4(buf + srow * 128 + (((j + (lane >> 4)) ^ (srow & 7)) << 4), pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]),
+                        pack(f[6], f[7]));
           }
           fence_proxy_async();
           __syncwarp();
@@ -155,7 +171,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
     }
     if (lane == 0) bulk_wait<0>();
   }
-  cluster_sync();   // no CTA leaves while its peer may still arrive here
+  cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
 
 }  // namespace
@@ -174,8 +190,14 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   const int64_t columns = (s.d + kN - 1) / kN, pairs = (work_capacity(s.R_cap, s.E, kTileRows) + 1) / 2;
   const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * pairs));
   p.step = WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
-  p.d = static_cast<int>(d); p.planes = static_cast<int>(planes); p.blocks = static_cast<int>((n + 63) / 64);
-  if (s.kind == RoutingKind::Rows) { p.zero_rows = static_cast<bf16*>(a.dx_rows); p.rows = &work.header->rows; p.R_cap = static_cast<int>(R); }
+  p.d = static_cast<int>(d);
+  p.planes = static_cast<int>(planes);
+  p.blocks = static_cast<int>((n + 63) / 64);
+  if (s.kind == RoutingKind::Rows) {
+    p.zero_rows = static_cast<bf16*>(a.dx_rows);
+    p.rows = &work.header->rows;
+    p.R_cap = static_cast<int>(R);
+  }
   launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, p);
 }
 

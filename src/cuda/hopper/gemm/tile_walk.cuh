@@ -8,10 +8,10 @@
 namespace machmoe::cuda::hopper {
 
 struct WalkStep {
-  const int* entries;          // valid work-list entries, on the device
+  const int* entries;  // valid work-list entries, on the device
   const WorkTile* work;
-  int columns;                 // column tiles
-  int entry, column, rotation; // one step of all clusters, as digits
+  int columns;                  // column tiles
+  int entry, column, rotation;  // one step of all clusters, as digits
 
   // clusters = those of the grid, at most one per item of the largest routing.
   static WalkStep make(const int* entries, const WorkTile* work, int64_t columns, int clusters) {
@@ -25,11 +25,20 @@ struct TileWalk {
 
   DEV TileWalk(const WalkStep& s, int first) : entry(first / s.columns), column(first % s.columns), rotation(entry % s.columns) {}
   DEV void advance(const WalkStep& s) {
-    column += s.column; entry += s.entry; rotation += s.rotation;
-    if (column >= s.columns) { column -= s.columns; entry++; rotation++; }
+    column += s.column;
+    entry += s.entry;
+    rotation += s.rotation;
+    if (column >= s.columns) {
+      column -= s.columns;
+      entry++;
+      rotation++;
+    }
     if (rotation >= s.columns) rotation -= s.columns;
   }
-  DEV int rotated(const WalkStep& s) const { const int c = column + rotation; return c >= s.columns ? c - s.columns : c; }
+  DEV int rotated(const WalkStep& s) const {
+    const int c = column + rotation;
+    return c >= s.columns ? c - s.columns : c;
+  }
 };
 
 // Rows row .. row_end - 1 of an expert and a column tile. expert < 0: past the end of the list.
@@ -47,11 +56,11 @@ DEV OutputTile tile_at(const TileWalk& at, const WalkStep& s, int entries) {
 // share its weights; where an expert ends in between each CTA loads its own, so that none computes rows that do not exist.
 // Loaded one tile ahead: construction touches no loaded value, else the producer would wait for it there and the ring run dry.
 struct PairedTile {
-  int4 work{};         // expert, row, row_end
-  int other = 0;       // expert of the other CTA
+  int4 work{};    // expert, row, row_end
+  int other = 0;  // expert of the other CTA
   int column = 0;
-  bool ended = true;   // past the end of the list
-  bool absent = false; // the list ended between the CTAs: no rows for this one, it only carries its share of the weights
+  bool ended = true;    // past the end of the list
+  bool absent = false;  // the list ended between the CTAs: no rows for this one, it only carries its share of the weights
 
   PairedTile() = default;
   DEV PairedTile(const TileWalk& at, const WalkStep& s, int tiles, int rank) {

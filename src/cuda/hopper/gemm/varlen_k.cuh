@@ -3,7 +3,7 @@
 // A tile is 128 gathered columns (the M side of wgmma) x 4 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
 // Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
 //   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
-//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store
+//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store, beside the next tile's first blocks
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -18,23 +18,25 @@
 namespace machmoe::cuda::hopper {
 
 // Where a store goes: P transposed (rows = contiguous columns) or as it is, in bf16 or fp32. One box of 64 x 64 bf16 for a warpgroup, else 2 KB a warp.
-template <class Out, bool kTransposed> struct GradStore {
+template <class Out, bool kTransposed>
+struct GradStore {
   static constexpr bool kBf16 = std::is_same_v<Out, bf16>;
   static constexpr bool kByWarpgroup = kBf16 && kTransposed;
-  static constexpr int kColumns = kBf16 ? 64 : 32;                                       // accumulator columns a box holds
+  static constexpr int kColumns = kBf16 ? 64 : 32;  // accumulator columns a box holds
   static constexpr int kBytes = kByWarpgroup ? 8192 : 2048;
-  static constexpr int kBoxInner = kTransposed ? (kBf16 ? 64 : 16) : kColumns;           // elements along a row of the weight
+  static constexpr int kBoxInner = kTransposed ? (kBf16 ? 64 : 16) : kColumns;  // elements along a row of the weight
   static constexpr int kBoxOuter = kTransposed ? kColumns : 16;
   static constexpr int kSwizzle = kBoxInner * static_cast<int>(sizeof(Out));
 
-  static constexpr int kFragment = 16;                                                   // registers of a box: 32 bf16 in pairs, or 16 fp32
+  static constexpr int kFragment = 16;  // registers of a box: 32 bf16 in pairs, or 16 fp32
   // f: the fragment of kColumns columns, bf16 in pairs; the staging box as shared-memory address and as pointer.
-  template <class F> DEV static void stage(uint32_t buf, uint8_t* p, const F* f, int warp, int lane) {
+  template <class F>
+  DEV static void stage(uint32_t buf, uint8_t* p, const F* f, int warp, int lane) {
     if constexpr (kBf16) {
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         const uint32_t r0 = f[2 * j], r1 = f[2 * j + 1], r2 = f[2 * j + 2], r3 = f[2 * j + 3];
-        if constexpr (kTransposed) {   // matrices: (rows low, block j), (high, j), (low, j + 1), (high, j + 1)
+        if constexpr (kTransposed) {  // matrices: (rows low, block j), (high, j), (low, j + 1), (high, j + 1)
           const int row = (j + (lane >> 4)) * 8 + (lane & 7), chunk = warp * 2 + ((lane >> 3) & 1);
           stmatrix_x4_trans(buf + row * 128 + ((chunk ^ (row & 7)) << 4), r0, r1, r2, r3);
         } else {
@@ -61,15 +63,15 @@ template <class Out, bool kTransposed> struct GradStore {
 };
 
 struct VarlenKParams {
-  CUtensorMap contiguous;      // ragged panels, box {64, 64, 1, 1}
-  CUtensorMap out[2];          // one per plane
-  const bf16* gathered;        // [T, d]
-  const int* token;            // row -> row of gathered; null: itself
-  const int* offsets;          // [E + 1]
-  int experts, d, n;
+  CUtensorMap contiguous;  // ragged panels, box {64, 64, 1, 1}
+  CUtensorMap out[2];      // one per plane
+  const bf16* gathered;    // [T, d]
+  const int* token;        // row -> row of gathered; null: itself
+  const int* offsets;      // [E + 1]
+  int experts, d;
   int panels_per_plane, panels;
-  int groups, columns;         // an expert has groups (of 2 x 128 gathered columns) x columns (of 4 panels) tiles
-  int items, step_expert, step_group, step_column;   // the clusters of the grid, as digits (expert, group, column)
+  int groups, columns;                       // an expert has groups (of 2 x 128 gathered columns) x columns (of 4 panels) tiles
+  int step_expert, step_group, step_column;  // the clusters of the grid, as digits (expert, group, column)
   bool accumulate;
 };
 
@@ -79,21 +81,32 @@ struct VarlenKWalk {
   DEV VarlenKWalk(const VarlenKParams& p, int first)
       : expert(first / (p.groups * p.columns)), group(first / p.columns % p.groups), column(first % p.columns) {}
   DEV void advance(const VarlenKParams& p) {
-    column += p.step_column; group += p.step_group; expert += p.step_expert;
-    if (column >= p.columns) { column -= p.columns; group++; }
-    if (group >= p.groups) { group -= p.groups; expert++; }
+    column += p.step_column;
+    group += p.step_group;
+    expert += p.step_expert;
+    if (column >= p.columns) {
+      column -= p.columns;
+      group++;
+    }
+    if (group >= p.groups) {
+      group -= p.groups;
+      expert++;
+    }
   }
 };
 
 // What a tile writes: columns of its panels from `panel` on; 0: nothing.
-struct OutputBlock { int expert, group, panel, columns; };
+struct OutputBlock {
+  int expert, group, panel, columns;
+};
 
 struct RowRange {
   int begin, end;
   DEV int blocks() const { return (end - begin + 63) >> 6; }
 };
 
-template <class Out, bool kTransposed> struct VarlenK {
+template <class Out, bool kTransposed>
+struct VarlenK {
   using Store = GradStore<Out, kTransposed>;
   static constexpr int kStages = 4, kBuffers = 2;
   static constexpr int kGatheredBytes = 128 * 128, kPanelBytes = 64 * 128, kContiguousBytes = 4 * kPanelBytes;
@@ -118,7 +131,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
   };
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < C::kStages; s++) { mbar_init(full(s), 129); mbar_init(empty(s), 8 * 2); }
+    for (int s = 0; s < C::kStages; s++) {
+      mbar_init(full(s), 129);
+      mbar_init(empty(s), 8 * 2);
+    }
     mbar_init_fence();
   }
   cluster_sync();
@@ -150,7 +166,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
-      uint32_t offset[2];   // bytes in a row; columns past the matrix read column 0, the store clips them
+      uint32_t offset[2];  // bytes in a row; columns past the matrix read column 0, the store clips them
 #pragma unroll
       for (int j = 0; j < 2; j++) offset[j] = (col0 + j * 64 < p.d ? col0 + j * 64 : 0) * 2;
       const int panel0 = at.column * 4, valid = min(4, p.panels - panel0);
@@ -158,14 +174,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       for (int k = 0; k < blocks; k++) {
         if ((k & 3) == 0) {
 #pragma unroll
-          for (int i = 0; i < 2; i++) asm volatile("mov.b32 %0, %1;" : "=r"(window[i]) : "r"(next_window[i]));   // holds the copy here, after the load has landed
-          if (k + 4 < blocks) fetch(rows, k + 4); else fetch(next_rows, 0);
+          for (int i = 0; i < 2; i++)
+            asm volatile("mov.b32 %0, %1;" : "=r"(window[i]) : "r"(next_window[i]));  // holds the copy here, after the load has landed
+          if (k + 4 < blocks) fetch(rows, k + 4);
+          else fetch(next_rows, 0);
         }
         const int held = k & 2 ? window[1] : window[0];
         const uint8_t* src[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          src[i] = reinterpret_cast<const uint8_t*>(p.gathered) + static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
+          src[i] = reinterpret_cast<const uint8_t*>(p.gathered) +
+                   static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
         mbar_wait(empty(s), phase ^ 1);
         if (tid == 0) {
           mbar_arrive_expect_tx(full(s), valid * C::kPanelBytes);
@@ -174,8 +193,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
           for (int i = 0; i < 2; i++) {
             const int j = 2 * rank + i, panel = panel0 + j, plane = panel >= p.panels_per_plane;
             if (j < valid)
-              tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s), (panel - plane * p.panels_per_plane) * 64, 64 - v,
-                             row + v, plane, 3);
+              tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
+                             (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
           }
         }
 #pragma unroll
@@ -183,7 +202,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
 #pragma unroll
           for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
         cp_async_mbar_arrive_noinc(full(s));
-        if (++s == C::kStages) { s = 0; phase ^= 1; }
+        if (++s == C::kStages) {
+          s = 0;
+          phase ^= 1;
+        }
       }
       at = next;
       rows = next_rows;
@@ -191,10 +213,15 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
   } else {
     reg_inc<224>();
     const int w = wg - 1;
-    auto release = [&](int s) { if (lane < 2) mbar_arrive_remote(empty(s), lane); };
+    auto release = [&](int s) {
+      if (lane < 2) mbar_arrive_remote(empty(s), lane);
+    };
     const uint32_t staging = s_staging + (Store::kByWarpgroup ? w : w * 4 + warp) * C::kBuffers * Store::kBytes;
     const bool storer = Store::kByWarpgroup ? tid == 0 : lane == 0;
-    auto sync_storers = [&] { if constexpr (Store::kByWarpgroup) bar_sync(1 + w, 128); else __syncwarp(); };
+    auto sync_storers = [&] {
+      if constexpr (Store::kByWarpgroup) bar_sync(1 + w, 128);
+      else __syncwarp();
+    };
     // kBuffers boxes from chunk `first` on, from the fragments at f; kBuffers is all the staging there is.
     auto store = [&](const OutputBlock& o, int first, const auto* f) {
       if (first * Store::kColumns >= o.columns) return;
@@ -211,7 +238,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         const int col = (first + b) * Store::kColumns;
         if (col >= o.columns) break;
         const int panel = o.panel + col / 64, plane = panel >= p.panels_per_plane;
-        const int n = (panel - plane * p.panels_per_plane) * 64 + col % 64, m = (o.group * 2 + rank) * 128 + w * 64 + (Store::kByWarpgroup ? 0 : warp * 16);
+        const int n = (panel - plane * p.panels_per_plane) * 64 + col % 64,
+                  m = (o.group * 2 + rank) * 128 + w * 64 + (Store::kByWarpgroup ? 0 : warp * 16);
         if (p.accumulate) tma_reduce_add_3d(&p.out[plane], staging + b * Store::kBytes, kTransposed ? m : n, kTransposed ? n : m, o.expert);
         else tma_store_3d(&p.out[plane], staging + b * Store::kBytes, kTransposed ? m : n, kTransposed ? n : m, o.expert);
       }
@@ -248,7 +276,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         wgmma_wait<1>();
         if (previous >= 0) release(previous);
         previous = s;
-        if (++s == C::kStages) { s = 0; phase ^= 1; }
+        if (++s == C::kStages) {
+          s = 0;
+          phase ^= 1;
+        }
       }
       wgmma_wait<0>();
       if (previous >= 0) release(previous);
@@ -277,7 +308,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
     }
     if (storer) bulk_wait<0>();
   }
-  cluster_sync();   // no CTA leaves while its peer may still arrive here
+  cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
 
 struct VarlenKProblem {
@@ -286,25 +317,28 @@ struct VarlenKProblem {
   const void* gathered;
   const void* contiguous;
   int64_t planes;
-  MutableWeight out[2];   // one per plane
+  MutableWeight out[2];  // one per plane
   bool accumulate;
 };
 
-template <class Out, bool kTransposed> void varlen_k(const VarlenKProblem& q, Stream stream) {
+template <class Out, bool kTransposed>
+void varlen_k(const VarlenKProblem& q, Stream stream) {
   using C = VarlenK<Out, kTransposed>;
   using Store = typename C::Store;
   const Shape& s = q.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
   VarlenKParams p{};
-  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - kSlackRows * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes}, {pitch, pitch, 2 * n},
-                                  {64, 64, 1, 1}, 128);
+  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - kSlackRows * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes},
+                                  {pitch, pitch, 2 * n}, {64, 64, 1, 1}, 128);
   for (uint64_t i = 0; i < planes; i++)
-    p.out[i] = tensor_map<Out>(q.out[i].base, {kTransposed ? d : n, kTransposed ? n : d, E}, {q.out[i].row_stride * sizeof(Out), q.out[i].expert_stride * sizeof(Out)},
-                               {Store::kBoxInner, Store::kBoxOuter, 1}, Store::kSwizzle);
+    p.out[i] = tensor_map<Out>(q.out[i].base, {kTransposed ? d : n, kTransposed ? n : d, E},
+                               {q.out[i].row_stride * sizeof(Out), q.out[i].expert_stride * sizeof(Out)}, {Store::kBoxInner, Store::kBoxOuter, 1},
+                               Store::kSwizzle);
   p.gathered = static_cast<const bf16*>(q.gathered);
   p.token = q.routing.token;
   p.offsets = q.routing.offsets;
-  p.experts = static_cast<int>(E); p.d = static_cast<int>(d); p.n = static_cast<int>(n);
+  p.experts = static_cast<int>(E);
+  p.d = static_cast<int>(d);
   p.panels_per_plane = static_cast<int>((n + 63) / 64);
   p.panels = p.panels_per_plane * static_cast<int>(planes);
   p.groups = static_cast<int>((d + 255) / 256);
@@ -313,7 +347,9 @@ template <class Out, bool kTransposed> void varlen_k(const VarlenKProblem& q, St
   const int64_t items = static_cast<int64_t>(E) * p.groups * p.columns;
   if (items == 0) return;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
-  p.step_column = clusters % p.columns; p.step_group = clusters / p.columns % p.groups; p.step_expert = clusters / (p.columns * p.groups);
+  p.step_column = clusters % p.columns;
+  p.step_group = clusters / p.columns % p.groups;
+  p.step_expert = clusters / (p.columns * p.groups);
   launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, p);
 }
 
