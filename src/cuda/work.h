@@ -17,7 +17,7 @@ struct alignas(16) WorkHeader {
   int32_t pairs;     // valid entries of the list of pairs
   int32_t tiles;     // valid entries of the list of tiles
   int32_t rows;      // R
-  int32_t experts;   // experts that have rows
+  int32_t unused;    // the lists start on 16 bytes
 };
 constexpr int kTileRows = 128;
 constexpr int kPairRows = 256;

@@ -158,7 +158,6 @@ struct Problem {
         list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
       for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
         list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
-      list.header->experts += c.counts[e] > 0;
     }
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);
