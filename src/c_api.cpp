@@ -182,6 +182,7 @@ const char* machmoe_build_info(void) {
 }
 
 void machmoe_set_num_threads(int threads) { cpu::set_num_threads(threads); }
+void machmoe_set_runner(machmoe_runner run) { cpu::set_runner(run); }
 int machmoe_get_num_threads(void) { return cpu::num_threads(); }
 
 // ---- router --------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,12 @@ void* current_cuda_stream(int32_t device) {
   TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
-// Makes the tensor's device current and knows its stream; on the CPU the library obeys torch's thread count.
+void run_on_torch_threads(int threads, void (*work)(void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(context);
+  });
+}
+// Makes the tensor's device current and knows its stream; on the CPU the library works on torch's threads and obeys their count.
 class Launch {
  public:
   explicit Launch(const Tensor& t) {
@@ -97,6 +102,7 @@ class Launch {
       stream_ = current_cuda_stream(t.get_device());
     } else {
       machmoe_set_num_threads(static_cast<int>(torch::stable::get_num_threads()));
+      machmoe_set_runner(run_on_torch_threads);
     }
   }
   void* stream() const { return stream_; }

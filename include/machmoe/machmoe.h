@@ -116,6 +116,10 @@ MACHMOE_API const char* machmoe_device_reason(machmoe_device device); /* why not
 MACHMOE_API const char* machmoe_build_info(void);                 /* one line: version, compiler, oneDNN, CUDA */
 MACHMOE_API void machmoe_set_num_threads(int threads);            /* CPU backend; 0 = all cores. Results do not depend on it */
 MACHMOE_API int machmoe_get_num_threads(void);
+/* Lends the CPU backend the threads of a host program: run(threads, work, context) calls work(context) on up to `threads` threads at once and
+ * returns when all calls have returned; fewer calls are fine, one at least. Null: back to the library's own threads. */
+typedef void (*machmoe_runner)(int threads, void (*work)(void* context), void* context);
+MACHMOE_API void machmoe_set_runner(machmoe_runner run);
 
 /* ---- router -------------------------------------------------------------------------------------------------------------- */
 typedef struct machmoe_route {
