@@ -21,7 +21,7 @@ class Config:
     context: int = 256  # bytes
     # optimisation
     batch: int = 16  # sequences a step
-    steps: int = 600
+    steps: int = 800
     lr: float = 3e-3
     min_lr: float = 0.1  # of lr, at the end of the cosine
     warmup: int = 40  # steps
