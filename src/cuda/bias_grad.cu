@@ -1,5 +1,5 @@
-// db1, db2: column sums over the rows of an expert. A block takes 256 columns of one expert: 32 threads of 8 columns x 8 rows at a time, then the
-// 8 partial sums in order.
+// db1, db2: column sums over the rows of an expert. A block takes 64 columns of one expert: 8 threads of 8 columns, 32 rows at a time; then the
+// 32 partial sums in order.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/vector.cuh"
@@ -7,51 +7,66 @@
 namespace machmoe::cuda {
 namespace {
 
-constexpr int kColumns = 256, kRowLanes = 8;
+constexpr int kColumns = 64, kRowLanes = 32, kThreads = 256;
 
 struct ColumnSum {
-  const bf16* rows;        // row r starts at rows + (token ? token[r] : r) ld
+  const bf16* rows;        // row r of plane p starts at rows + (token ? token[r] : r) ld + p columns
   int64_t ld;
   const int* token;
   const float* score;      // factor of a row, null: 1
   const int* offsets;
   int64_t columns;
-  MutableBias out;
+  MutableBias out[2];      // of each plane
   bool accumulate;
 };
 
-template <class Out> __global__ void __launch_bounds__(256) column_sum_kernel(const __grid_constant__ ColumnSum p) {
-  __shared__ float partial[kRowLanes][kColumns];
-  const int e = blockIdx.y, lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t column = int64_t{blockIdx.x} * kColumns + lane * 8;
+// grid: column chunks, experts, planes
+template <class Out> __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_constant__ ColumnSum p) {
+  constexpr int kUnroll = 4;   // loads in flight
+  __shared__ float partial[kRowLanes][kColumns + 4];
+  const int e = blockIdx.y, lane = threadIdx.x % 8, group = threadIdx.x / 8, plane = blockIdx.z;
+  const int64_t first = int64_t{blockIdx.x} * kColumns, column = first + lane * 8;
   float sum[8] = {};
   if (column < p.columns) {
-#pragma unroll 4
-    for (int row = p.offsets[e] + group; row < p.offsets[e + 1]; row += kRowLanes) {
-      float v[8];
-      Vec8::load(p.rows + int64_t{p.token ? p.token[row] : row} * p.ld + column).to(v);
-      const float factor = p.score ? p.score[row] : 1.f;
+    const bf16* rows = p.rows + plane * p.columns + column;
+    const int end = p.offsets[e + 1];
+    for (int base = p.offsets[e] + group; base < end; base += kUnroll * kRowLanes) {
+      Vec8 v[kUnroll];
+      float factor[kUnroll];
 #pragma unroll
-      for (int j = 0; j < 8; j++) sum[j] = fmaf(factor, v[j], sum[j]);
+      for (int i = 0; i < kUnroll; i++) {
+        const int row = base + i * kRowLanes;
+        if (row >= end) continue;
+        v[i] = Vec8::load(rows + int64_t{p.token ? p.token[row] : row} * p.ld);
+        factor[i] = p.score ? p.score[row] : 1.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; i++) {
+        if (base + i * kRowLanes >= end) continue;
+        float f[8];
+        v[i].to(f);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] = fmaf(factor[i], f[j], sum[j]);
+      }
     }
   }
 #pragma unroll
   for (int j = 0; j < 8; j++) partial[group][lane * 8 + j] = sum[j];
   __syncthreads();
-  const int64_t c = int64_t{blockIdx.x} * kColumns + threadIdx.x;
-  if (c >= p.columns) return;
-  Out* out = static_cast<Out*>(p.out.base) + e * p.out.expert_stride + c * p.out.stride;
-  float total = p.accumulate ? static_cast<float>(*out) : 0.f;
+  const int64_t c = first + threadIdx.x;
+  if (threadIdx.x >= kColumns || c >= p.columns) return;
+  const MutableBias& bias = p.out[plane];
+  Out* out = static_cast<Out*>(bias.base) + e * bias.expert_stride + c * bias.stride;
+  float total = 0.f;
 #pragma unroll
   for (int g = 0; g < kRowLanes; g++) total += partial[g][threadIdx.x];
-  *out = static_cast<Out>(total);
+  *out = static_cast<Out>(p.accumulate ? static_cast<float>(*out) + total : total);
 }
 
-void launch(const BiasGradArgs& a, const ColumnSum& p, Stream stream) {
-  if (!p.out.base) return;
-  const dim3 grid(static_cast<unsigned>((p.columns + kColumns - 1) / kColumns), static_cast<unsigned>(a.shape.E));
-  if (a.out_dtype == DType::F32) column_sum_kernel<float><<<grid, 256, 0, stream_of(stream)>>>(p);
-  else column_sum_kernel<bf16><<<grid, 256, 0, stream_of(stream)>>>(p);
+void launch(const BiasGradArgs& a, const ColumnSum& p, int64_t planes, Stream stream) {
+  const dim3 grid(static_cast<unsigned>((p.columns + kColumns - 1) / kColumns), static_cast<unsigned>(a.shape.E), static_cast<unsigned>(planes));
+  if (a.out_dtype == DType::F32) column_sum_kernel<float><<<grid, kThreads, 0, stream_of(stream)>>>(p);
+  else column_sum_kernel<bf16><<<grid, kThreads, 0, stream_of(stream)>>>(p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
@@ -59,12 +74,14 @@ void launch(const BiasGradArgs& a, const ColumnSum& p, Stream stream) {
 
 void bias_grad(const BiasGradArgs& a, Stream stream) {
   const Shape& s = a.shape;
-  const int64_t ld = s.planes() * s.n;
-  const auto* dh = static_cast<const bf16*>(a.dh);
   const int* offsets = a.routing.offsets;
-  if (s.act.gated()) launch(a, {dh, ld, nullptr, nullptr, offsets, s.n, a.db1_gate, a.accumulate}, stream);
-  launch(a, {dh + (s.planes() - 1) * s.n, ld, nullptr, nullptr, offsets, s.n, a.db1_up, a.accumulate}, stream);
-  launch(a, {static_cast<const bf16*>(a.d_o), s.d, a.routing.token, static_cast<const float*>(a.routing.score), offsets, s.d, a.db2, a.accumulate}, stream);
+  const auto* score = static_cast<const float*>(a.routing.score);
+  if (a.db1_up.base) {
+    const bool gated = s.act.gated();
+    launch(a, {static_cast<const bf16*>(a.dh), s.planes() * s.n, nullptr, nullptr, offsets, s.n, {gated ? a.db1_gate : a.db1_up, a.db1_up}, a.accumulate},
+           s.planes(), stream);
+  }
+  if (a.db2.base) launch(a, {static_cast<const bf16*>(a.d_o), s.d, a.routing.token, score, offsets, s.d, {a.db2, {}}, a.accumulate}, 1, stream);
 }
 
 }  // namespace machmoe::cuda

@@ -2,50 +2,53 @@
 #pragma once
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/kernels.h"
 #include "cuda/work.h"
 
 namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
-constexpr int kItems = 4;   // experts of a thread: E <= kIndexThreads kItems
+constexpr int kItems = kMaxExperts / kIndexThreads;   // experts of a thread
+using IndexScan = cub::BlockScan<int, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
-// Exclusive sums over the experts, in shared memory.
+// Exclusive sums over the experts, in shared memory; entry E is the total.
 struct ExpertScan {
   int* rows;    // [E + 1] offsets
   int* tiles;   // [E + 1] 128-row tiles before the expert
   int* pairs;   // [E + 1] 256-row pairs before it
-  __device__ static constexpr int ints(int E) { return 3 * (E + 1); }
-  __device__ static ExpertScan carve(int* memory, int E) { return {memory, memory + (E + 1), memory + 2 * (E + 1)}; }
+  int experts;  // that have rows
+
+  static constexpr int64_t ints(int64_t E) { return 3 * (E + 1); }
+  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)), pairs(memory + 2 * (E + 1)), experts(0) {}
+
+  // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles and pairs.
+  template <class Count> __device__ void run(int E, int64_t R_cap, Count count) {
+    __shared__ typename IndexScan::TempStorage storage;
+    const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
+    int number[kItems], total;
+    for (int i = 0; i < kItems; i++) number[i] = first + i < E ? count(first + i) : 0;
+    auto sums = [&](int* out, auto of) {
+      int before[kItems];
+      for (int i = 0; i < kItems; i++) before[i] = of(number[i]);
+      __syncthreads();
+      IndexScan(storage).ExclusiveSum(before, before, total);
+      for (int i = 0; i < kItems; i++) {
+        before[i] = min(before[i], limit);
+        if (first + i < E) out[first + i] = before[i];
+        if (out == rows) number[i] = min(number[i], limit - before[i]);
+      }
+      if (threadIdx.x == 0) out[E] = min(total, limit);
+    };
+    sums(rows, [](int n) { return n; });
+    sums(tiles, [](int n) { return (n + kTileRows - 1) / kTileRows; });
+    sums(pairs, [](int n) { return (n + kPairRows - 1) / kPairRows; });
+    for (int i = 0; i < kItems; i++) experts += __syncthreads_count(number[i] > 0);
+  }
 };
 
-// count(e) -> rows of expert e. All threads of the block call it.
-template <class Count> __device__ void scan_experts(const ExpertScan& scan, int E, Count count) {
-  using Scan = cub::BlockScan<int, kIndexThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  int rows[kItems], value[kItems], total;
-  for (int i = 0; i < kItems; i++) {
-    const int e = static_cast<int>(threadIdx.x) * kItems + i;
-    rows[i] = e < E ? count(e) : 0;
-  }
-  auto sums = [&](int* out, auto of) {
-    for (int i = 0; i < kItems; i++) value[i] = of(rows[i]);
-    __syncthreads();
-    Scan(storage).ExclusiveSum(value, value, total);
-    for (int i = 0; i < kItems; i++) {
-      const int e = static_cast<int>(threadIdx.x) * kItems + i;
-      if (e < E) out[e] = value[i];
-    }
-    if (threadIdx.x == 0) out[E] = total;
-  };
-  sums(scan.rows, [](int r) { return r; });
-  sums(scan.tiles, [](int r) { return (r + kTileRows - 1) / kTileRows; });
-  sums(scan.pairs, [](int r) { return (r + kPairRows - 1) / kPairRows; });
-  __syncthreads();
-}
-
-// The last e with before[e] <= i; entries without rows are skipped because later ones share their value.
+// The e with before[e] <= i < before[e + 1].
 __device__ inline int expert_of(const int* before, int E, int i) {
-  int low = 0, high = E;   // before[low] <= i < before[high]
+  int low = 0, high = E;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (before[middle] <= i) low = middle; else high = middle;
@@ -53,7 +56,7 @@ __device__ inline int expert_of(const int* before, int E, int i) {
   return low;
 }
 
-// This block's share of counts, offsets and the work list.
+// One block's share of counts (unless null), offsets and the work list.
 __device__ inline void write_work(const ExpertScan& scan, int E, int block, int blocks, int* counts, int* offsets, const WorkList& work) {
   const int first = block * kIndexThreads + static_cast<int>(threadIdx.x), step = blocks * kIndexThreads;
   for (int e = first; e <= E; e += step) {
@@ -68,7 +71,14 @@ __device__ inline void write_work(const ExpertScan& scan, int E, int block, int 
   };
   write(work.tiles, scan.tiles, kTileRows);
   write(work.pairs, scan.pairs, kPairRows);
-  if (first == 0) *work.header = {scan.pairs[E], scan.tiles[E], scan.rows[E], 0};
+  if (first == 0) *work.header = {scan.pairs[E], scan.tiles[E], scan.rows[E], scan.experts};
+}
+
+// What stands in the rows past R.
+__device__ inline void clear_row(const Routing& r, int64_t row) {
+  r.token[row] = 0;
+  if (r.score) static_cast<float*>(r.score)[row] = 0.f;
+  if (r.expert) r.expert[row] = 0;
 }
 
 }  // namespace machmoe::cuda

@@ -1,268 +1,399 @@
-// Top-K router. A warp takes a token: its logits lie in shared memory, each round finds the largest key left. Two launches forward (selection with
-// partial sums per block; counts and loss from them), one backward. Sums over tokens have a fixed order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// Top-K router, forward and backward, with exact scores. The renormalised softmax of the selected experts equals the softmax over their logits,
+// so two of the three kinds share one formula.
 #include <algorithm>
 
 #include "core/workspace.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/router.cuh"
 #include "cuda/score_grad.cuh"
 
 namespace machmoe::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * 32;
+constexpr int kMaxBlocks = 264;     // partial sums over tokens: a constant, so that no bit depends on the device
+constexpr int kMaxK = 128;
 
-// Blocks of the selection: a function of the shape alone, so that the order of the sums is too.
-int64_t blocks_of(int64_t T) { return std::clamp<int64_t>((T + kWarps - 1) / kWarps, 1, 528); }
-
-// Order-preserving bits of a float; NaN ranks highest.
-__device__ uint32_t sortable(float x) {
-  const uint32_t bits = __float_as_uint(isnan(x) ? INFINITY : x + 0.f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ float warp_sum(float v) {
-#pragma unroll
-  for (int delta = 16; delta; delta /= 2) v += __shfl_xor_sync(~0u, v, delta);
-  return v;
-}
-
-struct TopkParams {
+template <class Logit> struct TopkParams {
   int64_t T;
   int E, K;
-  RouterKind kind;
+  bool over_all;           // softmax over all experts, not over the selected
+  const Logit* logits;
   int* ids;
   float* weights;
-  int* counts;              // [E]
-  float* aux;
-  int* block_counts;        // [blocks][E]
-  float* block_sums;        // [blocks][E] sums of softmax(logits), with aux
+  int* block_counts;       // [blocks][E]
+  float* block_probs;      // [blocks][E] sums of the softmax over all experts; null: no aux
 };
-extern __shared__ float shared_floats[];
 
-// max and sum of exp(x - max) over a row.
-struct Softmax {
-  float top, sum;
-  __device__ float operator()(float x) const { return __expf(x - top) / sum; }
-};
-__device__ Softmax softmax_of(const float* x, int E, int lane, float top) {
-  float sum = 0.f;
-  for (int e = lane; e < E; e += 32) sum += __expf(x[e] - top);
-  return {top, warp_sum(sum)};
-}
+// ---- E <= 512, K <= 16: a warp per token, everything in registers ------------------------------------------------------------
+constexpr int kWarps = 16;
+constexpr int kSmallE = 512, kSmallK = 16;
 
-template <class Logit> __global__ void __launch_bounds__(kThreads) topk_kernel(const __grid_constant__ TopkParams p, const Logit* logits) {
-  // per warp: logits [E], keys [E], probability sums [E]; per block: counts [E]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* x = shared_floats + warp * 3 * p.E;
-  auto* keys = reinterpret_cast<uint32_t*>(x + p.E);
-  float* sums = x + 2 * p.E;
-  int* counts = reinterpret_cast<int*>(shared_floats + kWarps * 3 * p.E);
-  for (int e = threadIdx.x; e < p.E; e += kThreads) counts[e] = 0;
-  for (int e = lane; e < p.E; e += 32) sums[e] = 0.f;
+template <int kPerLane, class Logit> __global__ void __launch_bounds__(32 * kWarps) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  __shared__ int count_sum[kSmallE];
+  __shared__ float prob_sum[kWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) count_sum[e] = 0;
   __syncthreads();
-  const bool all = p.aux || p.kind == RouterKind::SoftmaxTopk;
+  const bool all = p.over_all || p.block_probs;
+  float probs[kPerLane] = {};
   for (int64_t t = int64_t{blockIdx.x} * kWarps + warp; t < p.T; t += int64_t{gridDim.x} * kWarps) {
-    uint32_t best = 0;   // of this lane's experts; their first one with that key is found again by its id
-    int best_id = p.E;
-    for (int e = lane; e < p.E; e += 32) {
-      x[e] = static_cast<float>(logits[t * p.E + e]);
-      const uint32_t key = keys[e] = sortable(x[e]);
-      if (key > best) best = key, best_id = e;
+    const Logit* row = p.logits + t * p.E;
+    float x[kPerLane];
+    WarpSelect<kPerLane> select;
+#pragma unroll
+    for (int j = 0; j < kPerLane; j++) {
+      const int e = j * 32 + lane;
+      x[j] = e < p.E ? static_cast<float>(row[e]) : -INFINITY;
+      select.key[j] = e < p.E ? order_key(x[j]) : 0;
     }
-    __syncwarp();
-    Softmax over_all{};
-    float top = 0.f, weight_sum = 0.f;
-    float mine[4] = {};   // logit of the selected k = lane, lane + 32, ...
-    int chosen[4] = {};
+    select.rescan();
+    int id = 0;
+    float mine = -INFINITY;   // logit of the selected expert `lane`
     for (int k = 0; k < p.K; k++) {
-      const uint32_t key = __reduce_max_sync(~0u, best);
-      const int id = __reduce_min_sync(~0u, best == key ? static_cast<unsigned>(best_id) : ~0u);
-      const float value = x[id];
-      if (k == 0) {
-        top = value;
-        if (all) over_all = softmax_of(x, p.E, lane, top);
-      }
-      weight_sum += __expf(value - top);
+      const int e = select.take(lane);
+      float v = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (k == lane + 32 * i) mine[i] = value, chosen[i] = id;
-      if (id == best_id) {   // the lane that lost its best looks for the next; 0 is below every key
-        keys[id] = 0;
-        best = 0;
-        best_id = p.E;
-        for (int e = lane; e < p.E; e += 32)
-          if (keys[e] > best) best = keys[e], best_id = e;
-      }
+      for (int j = 0; j < kPerLane; j++)
+        if (j == e / 32) v = x[j];
+      v = __shfl_sync(kAllLanes, v, e % 32);
+      if (lane == k) id = e, mine = v;
     }
-    if (p.kind == RouterKind::SoftmaxTopk) weight_sum = over_all.sum;
+    const float top = __shfl_sync(kAllLanes, mine, 0);
+    const bool selected = lane < p.K;
+    float weight = selected ? expf(mine - top) : 0.f;
+    if (all) {
+      float exponential[kPerLane], sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int k = lane + 32 * i;
-      if (k >= p.K) continue;
-      p.ids[t * p.K + k] = chosen[i];
-      p.weights[t * p.K + k] = __expf(mine[i] - top) / weight_sum;
-      atomicAdd(counts + chosen[i], 1);
+      for (int j = 0; j < kPerLane; j++) sum += exponential[j] = j * 32 + lane < p.E ? expf(x[j] - top) : 0.f;
+      sum = warp_sum(sum);
+      if (p.block_probs)
+#pragma unroll
+        for (int j = 0; j < kPerLane; j++) probs[j] += exponential[j] / sum;
+      weight /= p.over_all ? sum : warp_sum(weight);
+    } else {
+      weight /= warp_sum(weight);
     }
-    if (p.aux)
-      for (int e = lane; e < p.E; e += 32) sums[e] += over_all(x[e]);
-    __syncwarp();
+    if (selected) {
+      p.ids[t * p.K + lane] = id;
+      p.weights[t * p.K + lane] = weight;
+      atomicAdd(count_sum + id, 1);
+    }
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < p.E; e += kThreads) {
-    p.block_counts[int64_t{blockIdx.x} * p.E + e] = counts[e];
-    if (!p.aux) continue;
-    float sum = 0.f;
-    for (int w = 0; w < kWarps; w++) sum += shared_floats[w * 3 * p.E + 2 * p.E + e];
-    p.block_sums[int64_t{blockIdx.x} * p.E + e] = sum;
-  }
-}
-
-// counts, and the load-balance loss E sum_e (counts_e / (T K)) mean_t p_te.
-__global__ void __launch_bounds__(1024) topk_sums_kernel(const __grid_constant__ TopkParams p, int blocks) {
-  __shared__ float loss[1024];
-  float mine = 0.f;
-  for (int e = threadIdx.x; e < p.E; e += 1024) {
-    int count = 0;
-    float sum = 0.f;
-#pragma unroll 8
-    for (int b = 0; b < blocks; b++) {
-      count += p.block_counts[int64_t{b} * p.E + e];
-      if (p.aux) sum += p.block_sums[int64_t{b} * p.E + e];
-    }
-    p.counts[e] = count;
-    mine += static_cast<float>(count) * sum;
-  }
-  if (!p.aux) return;
-  loss[threadIdx.x] = mine;
-  for (int width = 512; width; width /= 2) {
+  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) p.block_counts[int64_t{blockIdx.x} * p.E + e] = count_sum[e];
+  if (!p.block_probs) return;
+#pragma unroll
+  for (int j = 0; j < kPerLane; j++) {
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < width) loss[threadIdx.x] += loss[threadIdx.x + width];
+    prob_sum[warp][lane] = probs[j];
+    __syncthreads();
+    const int e = j * 32 + static_cast<int>(threadIdx.x);
+    if (threadIdx.x >= 32 || e >= p.E) continue;
+    float sum = 0.f;
+    for (int w = 0; w < kWarps; w++) sum += prob_sum[w][lane];
+    p.block_probs[int64_t{blockIdx.x} * p.E + e] = sum;
   }
-  const float T = static_cast<float>(p.T);
-  if (threadIdx.x == 0) *p.aux = p.T ? loss[0] * static_cast<float>(p.E) / (T * static_cast<float>(p.K) * T) : 0.f;
 }
 
-struct TopkBackwardParams {
+// ---- E <= 4096, K <= 128: a block per token, the K-th key found bit by bit -------------------------------------------------------
+constexpr int kThreads = 256, kOwned = kMaxExperts / kThreads;
+
+__device__ float block_sum(float v) {
+  __shared__ float parts[kThreads / 32];
+  v = warp_sum(v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < kThreads / 32; w++) sum += parts[w];
+  return sum;
+}
+__device__ int block_sum_int(int v) {
+  __shared__ int parts[kThreads / 32];
+  v = __reduce_add_sync(kAllLanes, v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  int sum = 0;
+  for (int w = 0; w < kThreads / 32; w++) sum += parts[w];
+  return sum;
+}
+__device__ int block_min(int v) {
+  __shared__ int parts[kThreads / 32];
+  v = __reduce_min_sync(kAllLanes, v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  int low = parts[0];
+  for (int w = 1; w < kThreads / 32; w++) low = min(low, parts[w]);
+  return low;
+}
+
+template <class Logit> __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  __shared__ uint64_t chosen[kMaxK];    // key, then the lower id
+  __shared__ float value[kMaxK];        // logits in order of rank
+  __shared__ int filled;
+  int count[kOwned] = {};
+  float probs[kOwned] = {};
+  for (int64_t t = blockIdx.x; t < p.T; t += gridDim.x) {
+    const Logit* row = p.logits + t * p.E;
+    uint32_t key[kOwned];
+#pragma unroll
+    for (int j = 0; j < kOwned; j++) {
+      const int e = j * kThreads + static_cast<int>(threadIdx.x);
+      key[j] = e < p.E ? order_key(static_cast<float>(row[e])) : 0;
+    }
+    uint32_t threshold = 0;   // the K-th largest key
+    for (int bit = 31; bit >= 0; bit--) {
+      const uint32_t candidate = threshold | 1u << bit;
+      int above = 0;
+#pragma unroll
+      for (int j = 0; j < kOwned; j++) above += key[j] >= candidate;
+      if (block_sum_int(above) >= p.K) threshold = candidate;
+    }
+    if (threadIdx.x == 0) filled = 0;
+    __syncthreads();
+    auto choose = [&](int j, int e) {
+      chosen[atomicAdd(&filled, 1)] = uint64_t{key[j]} << 32 | (0xFFFFFFFFu - static_cast<unsigned>(e));
+      count[j]++;
+    };
+#pragma unroll
+    for (int j = 0; j < kOwned; j++)
+      if (key[j] > threshold) choose(j, j * kThreads + static_cast<int>(threadIdx.x));
+    __syncthreads();
+    for (int last = -1, left = p.K - filled; left > 0; left--) {   // of the equal keys those with the lowest ids
+      int lowest = kMaxExperts;
+#pragma unroll
+      for (int j = kOwned - 1; j >= 0; j--) {
+        const int e = j * kThreads + static_cast<int>(threadIdx.x);
+        if (key[j] == threshold && e > last) lowest = e;
+      }
+      last = block_min(lowest);
+#pragma unroll
+      for (int j = 0; j < kOwned; j++)
+        if (last == j * kThreads + static_cast<int>(threadIdx.x)) choose(j, last);
+    }
+    __syncthreads();
+    const bool selected = static_cast<int>(threadIdx.x) < p.K;
+    int rank = 0, id = 0;
+    if (selected) {
+      const uint64_t own = chosen[threadIdx.x];
+      for (int k = 0; k < p.K; k++) rank += chosen[k] > own;
+      id = static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(own));
+      value[rank] = static_cast<float>(row[id]);
+    }
+    __syncthreads();
+    const float top = value[0], weight = selected ? expf(static_cast<float>(row[id]) - top) : 0.f;
+    float sum = 0.f;
+    if (p.over_all || p.block_probs) {
+      float part = 0.f;
+      for (int e = threadIdx.x; e < p.E; e += kThreads) part += expf(static_cast<float>(row[e]) - top);
+      sum = block_sum(part);
+      if (p.block_probs)
+#pragma unroll
+        for (int j = 0; j < kOwned; j++) {
+          const int e = j * kThreads + static_cast<int>(threadIdx.x);
+          if (e < p.E) probs[j] += expf(static_cast<float>(row[e]) - top) / sum;
+        }
+    }
+    if (!p.over_all) sum = block_sum(weight);
+    if (selected) {
+      p.ids[t * p.K + rank] = id;
+      p.weights[t * p.K + rank] = weight / sum;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwned; j++) {
+    const int e = j * kThreads + static_cast<int>(threadIdx.x);
+    if (e >= p.E) continue;
+    p.block_counts[int64_t{blockIdx.x} * p.E + e] = count[j];
+    if (p.block_probs) p.block_probs[int64_t{blockIdx.x} * p.E + e] = probs[j];
+  }
+}
+
+// ---- sums over the blocks, in order --------------------------------------------------------------------------------------------
+constexpr int kSumThreads = 1024;
+
+__global__ void __launch_bounds__(kSumThreads) topk_sum_kernel(const int* block_counts, const float* block_probs, int blocks, int E, int K, int64_t T,
+                                                               int* counts, float* aux) {
+  __shared__ int count_part[kSumThreads];
+  __shared__ float prob_part[kSumThreads], loss_part[kSumThreads];
+  const int width = min((E + 31) / 32 * 32, kSumThreads), groups = kSumThreads / width, group = threadIdx.x / width, column = threadIdx.x % width;
+  float loss = 0.f;
+  for (int base = 0; base < E; base += width) {
+    const int e = base + column;
+    int count = 0;
+    float prob = 0.f;
+    if (e < E && group < groups) {
+#pragma unroll 8
+      for (int b = group; b < blocks; b += groups) {
+        count += block_counts[int64_t{b} * E + e];
+        if (aux) prob += block_probs[int64_t{b} * E + e];
+      }
+    }
+    __syncthreads();
+    count_part[threadIdx.x] = count;
+    prob_part[threadIdx.x] = prob;
+    __syncthreads();
+    if (group != 0 || e >= E) continue;
+    for (int g = 1; g < groups; g++) {
+      count += count_part[g * width + column];
+      prob += prob_part[g * width + column];
+    }
+    counts[e] = count;
+    if (T > 0) loss += static_cast<float>(E) * (static_cast<float>(count) / static_cast<float>(T * K)) * (prob / static_cast<float>(T));
+  }
+  if (!aux) return;
+  loss_part[threadIdx.x] = loss;
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) loss_part[threadIdx.x] += loss_part[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) *aux = loss_part[0];
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------------------
+template <class Logit> struct BackwardParams {
   int64_t T;
   int E, K;
-  RouterKind kind;
+  bool over_all;
+  const Logit* logits;
   const int* ids;
-  const float *weights, *dweights;
+  const float* weights;
   const int* counts;
+  const float* dweights;
   const float* ds_parts;
   int64_t parts;
   const int* inverse;
   int64_t R_cap;
   const float* daux;
+  Logit* dlogits;
 };
 
-template <class Logit>
-__global__ void __launch_bounds__(kThreads) topk_backward_kernel(const __grid_constant__ TopkBackwardParams p, const Logit* logits, Logit* dlogits) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float *d = shared_floats + warp * 2 * p.E, *x = d + p.E;   // gradient and logits of the row
-  const bool over_all = p.kind == RouterKind::SoftmaxTopk;
-  const float scale = p.daux ? *p.daux * static_cast<float>(p.E) / (static_cast<float>(p.T) * static_cast<float>(p.K) * static_cast<float>(p.T)) : 0.f;
-  for (int64_t t = int64_t{blockIdx.x} * kWarps + warp; t < p.T; t += int64_t{gridDim.x} * kWarps) {
-    float top = -INFINITY;
-    for (int e = lane; e < p.E; e += 32) {
-      d[e] = 0.f;
-      if (!over_all && !p.daux) continue;
-      x[e] = static_cast<float>(logits[t * p.E + e]);
-      top = fmaxf(top, x[e]);
-    }
+template <class Logit> __device__ float slot_gradient(const BackwardParams<Logit>& p, int64_t slot) {
+  if (p.dweights) return p.dweights[slot];
+  const int row = p.inverse[slot];
+  return row < 0 ? 0.f : score_gradient(p.ds_parts, p.parts, p.R_cap, row);
+}
+
+// A warp per token; its gradient is put together in shared memory.
+template <class Logit> __global__ void __launch_bounds__(256) topk_backward_kernel(const __grid_constant__ BackwardParams<Logit> p) {
+  extern __shared__ float gradients[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  float* d = gradients + int64_t{warp} * p.E;
+  const float aux_scale = p.daux ? *p.daux * static_cast<float>(p.E) / (static_cast<float>(p.T * p.K) * static_cast<float>(p.T)) : 0.f;
+  for (int64_t t = int64_t{blockIdx.x} * warps + warp; t < p.T; t += int64_t{gridDim.x} * warps) {
+    const Logit* row = p.logits + t * p.E;
+    for (int e = lane; e < p.E; e += 32) d[e] = 0.f;
     __syncwarp();
-    float mean = 0.f;
+    float mean = 0.f;   // sum of w dw over the selected: the softmax's own term
     for (int k = lane; k < p.K; k += 32) {
       const int64_t slot = t * p.K + k;
-      float dw;
-      if (p.dweights) {
-        dw = p.dweights[slot];
-      } else {
-        const int row = p.inverse[slot];
-        dw = row < 0 ? 0.f : score_gradient(p.ds_parts, p.parts, p.R_cap, row);
-      }
-      d[p.ids[slot]] = dw;
-      mean += p.weights[slot] * dw;
+      const float ds = slot_gradient(p, slot);
+      d[p.ids[slot]] = ds;
+      mean += p.weights[slot] * ds;
     }
     mean = warp_sum(mean);
     __syncwarp();
-    if (!over_all)
-      for (int k = lane; k < p.K; k += 32) {
-        const int64_t slot = t * p.K + k;
-        d[p.ids[slot]] = p.weights[slot] * (d[p.ids[slot]] - mean);
-      }
-    Softmax prob{};
-    float load = 0.f;
-    if (over_all || p.daux) {
-#pragma unroll
-      for (int delta = 16; delta; delta /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, delta));
-      prob = softmax_of(x, p.E, lane, top);
-      for (int e = lane; p.daux && e < p.E; e += 32) load += static_cast<float>(p.counts[e]) * prob(x[e]);
+    float top = -INFINITY, sum = 0.f, load = 0.f;
+    if (p.over_all || p.daux) {
+      for (int e = lane; e < p.E; e += 32) top = fmaxf(top, static_cast<float>(row[e]));
+      top = warp_max(top);
+      for (int e = lane; e < p.E; e += 32) sum += expf(static_cast<float>(row[e]) - top);
+      sum = warp_sum(sum);
+      if (p.daux)
+        for (int e = lane; e < p.E; e += 32) load += static_cast<float>(p.counts[e]) * (expf(static_cast<float>(row[e]) - top) / sum);
       load = warp_sum(load);
     }
+    if (!p.over_all)
+      for (int k = lane; k < p.K; k += 32) {
+        const int e = p.ids[t * p.K + k];
+        d[e] = p.weights[t * p.K + k] * (d[e] - mean);
+      }
     __syncwarp();
     for (int e = lane; e < p.E; e += 32) {
-      float v = d[e];
-      if (over_all) v = prob(x[e]) * (v - mean);
-      if (p.daux) v += scale * prob(x[e]) * (static_cast<float>(p.counts[e]) - load);
-      dlogits[t * p.E + e] = static_cast<Logit>(v);
+      float gradient = d[e];
+      if (p.over_all || p.daux) {
+        const float prob = expf(static_cast<float>(row[e]) - top) / sum;
+        if (p.over_all) gradient = prob * (gradient - mean);
+        if (p.daux) gradient += aux_scale * prob * (static_cast<float>(p.counts[e]) - load);
+      }
+      p.dlogits[t * p.E + e] = static_cast<Logit>(gradient);
     }
     __syncwarp();
   }
 }
 
+// ---- host ----------------------------------------------------------------------------------------------------------------------
 template <class F> void dispatch_logits(DType dtype, F&& f) {
-  MACHMOE_SUPPORTED(dtype != DType::F64, "logits_dtype is F64, expected F32, BF16 or F16 on CUDA");
+  MACHMOE_SUPPORTED(dtype != DType::F64, "logits_dtype is F64, expected F32, BF16 or F16 on CUDA: cast the logits");
   if (dtype == DType::BF16) f(__nv_bfloat16{}); else if (dtype == DType::F16) f(__half{}); else f(float{});
 }
-void check_sizes(int64_t E, int64_t K) {
+void check_size(int64_t E, int64_t K) {
   MACHMOE_SUPPORTED(E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", E, kMaxExperts);
-  MACHMOE_SUPPORTED(K <= 128, "K is {}, expected at most 128 on CUDA", K);
+  MACHMOE_SUPPORTED(K <= kMaxK, "K is {}, expected at most {} experts per token on CUDA", K, kMaxK);
 }
-template <class Kernel> void allow_smem(Kernel kernel, size_t bytes) {
-  if (bytes > 48 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+bool fits_warp(int64_t E, int64_t K) { return E <= kSmallE && K <= kSmallK; }
+int64_t blocks_of(int64_t T, int64_t E, int64_t K) {
+  const int64_t tokens = fits_warp(E, K) ? kWarps : 1;
+  return std::clamp<int64_t>((T + tokens - 1) / tokens, 1, fits_warp(E, K) ? kMaxBlocks : 4 * kMaxBlocks);
+}
+
+struct Scratch { int* counts; float* probs; };
+Scratch book(int64_t T, int64_t E, int64_t K, Workspace& ws) {
+  const int64_t items = blocks_of(T, E, K) * E;
+  int* counts = ws.take<int>(items);
+  return {counts, ws.take<float>(items)};
+}
+
+template <class Logit> void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
+  constexpr int kBlock = 32 * kWarps;
+  if (!fits_warp(p.E, p.K)) topk_block_kernel<<<blocks, kThreads, 0, stream>>>(p);
+  else if (p.E <= 32) topk_warp_kernel<1><<<blocks, kBlock, 0, stream>>>(p);
+  else if (p.E <= 64) topk_warp_kernel<2><<<blocks, kBlock, 0, stream>>>(p);
+  else if (p.E <= 128) topk_warp_kernel<4><<<blocks, kBlock, 0, stream>>>(p);
+  else if (p.E <= 256) topk_warp_kernel<8><<<blocks, kBlock, 0, stream>>>(p);
+  else topk_warp_kernel<16><<<blocks, kBlock, 0, stream>>>(p);
+  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace
 
-size_t topk_scratch(int64_t T, int64_t E, int64_t) {
+size_t topk_scratch(int64_t T, int64_t E, int64_t K) {
   Workspace ws;
-  ws.take<int>(blocks_of(T) * E);
-  ws.take<float>(blocks_of(T) * E);
+  book(T, E, K, ws);
   return ws.used();
 }
 
 void topk(const TopkArgs& a, Stream stream) {
-  check_sizes(a.E, a.K);
-  const int64_t blocks = blocks_of(a.T);
+  check_size(a.E, a.K);
   Workspace ws(a.scratch);
-  TopkParams p{a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind, a.ids, static_cast<float*>(a.weights), a.counts, static_cast<float*>(a.aux),
-               ws.take<int>(blocks * a.E), ws.take<float>(blocks * a.E)};
-  const size_t smem = sizeof(float) * static_cast<size_t>((3 * kWarps + 1) * a.E);
+  const Scratch b = book(a.T, a.E, a.K, ws);
+  const auto blocks = static_cast<unsigned>(blocks_of(a.T, a.E, a.K));
   dispatch_logits(a.logits_dtype, [&](auto logit) {
     using Logit = decltype(logit);
-    allow_smem(topk_kernel<Logit>, smem);
-    topk_kernel<<<static_cast<unsigned>(blocks), kThreads, smem, stream_of(stream)>>>(p, static_cast<const Logit*>(a.logits));
+    launch_topk<Logit>({a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits), a.ids,
+                        static_cast<float*>(a.weights), b.counts, a.aux ? b.probs : nullptr},
+                       blocks, stream_of(stream));
   });
-  topk_sums_kernel<<<1, 1024, 0, stream_of(stream)>>>(p, static_cast<int>(blocks));
+  topk_sum_kernel<<<1, kSumThreads, 0, stream_of(stream)>>>(b.counts, b.probs, static_cast<int>(blocks), static_cast<int>(a.E), static_cast<int>(a.K), a.T,
+                                                            a.counts, static_cast<float*>(a.aux));
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 void topk_backward(const TopkBackwardArgs& a, Stream stream) {
-  check_sizes(a.E, a.K);
+  check_size(a.E, a.K);
   if (a.T == 0) return;
-  const TopkBackwardParams p{a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind, a.ids, static_cast<const float*>(a.weights),
-                             static_cast<const float*>(a.dweights), a.counts, static_cast<const float*>(a.ds_parts), a.parts, a.inverse, a.R_cap,
-                             static_cast<const float*>(a.daux)};
-  const size_t smem = sizeof(float) * static_cast<size_t>(2 * kWarps * a.E);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((a.T + kWarps - 1) / kWarps, int64_t{16} * num_sms()));
+  const int64_t row = a.E * static_cast<int64_t>(sizeof(float)), warps = std::clamp<int64_t>(40 * 1024 / row, 2, 8), smem = warps * row;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((a.T + warps - 1) / warps, 8 * num_sms()));
   dispatch_logits(a.logits_dtype, [&](auto logit) {
     using Logit = decltype(logit);
-    allow_smem(topk_backward_kernel<Logit>, smem);
-    topk_backward_kernel<<<blocks, kThreads, smem, stream_of(stream)>>>(p, static_cast<const Logit*>(a.logits), static_cast<Logit*>(a.dlogits));
+    const BackwardParams<Logit> p{a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits),
+                                  a.ids, static_cast<const float*>(a.weights), a.counts, static_cast<const float*>(a.dweights),
+                                  static_cast<const float*>(a.ds_parts), a.parts, a.inverse, a.R_cap, static_cast<const float*>(a.daux),
+                                  static_cast<Logit*>(a.dlogits)};
+    topk_backward_kernel<<<blocks, static_cast<unsigned>(32 * warps), static_cast<size_t>(smem), stream_of(stream)>>>(p);
   });
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
