@@ -60,7 +60,9 @@ def add_arguments(parser):
 
 def run(arguments):
     given = {field.name: getattr(arguments, field.name) for field in fields(Config) if hasattr(arguments, field.name)}
-    if given.get("device", "cpu").startswith("cuda"):
+    if given.get("corpus"):
+        given["corpus"] = str(Path(given["corpus"]).resolve())  # a resumed run may start elsewhere
+    if given.get("device", "cpu").startswith("cuda") and not arguments.resume:
         given.setdefault("dtype", "bf16")
     if arguments.resume and arguments.compare:
         raise UserError("--resume continues one run; give the folder of one choice of the comparison")
