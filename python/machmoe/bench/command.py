@@ -25,7 +25,7 @@ def add_arguments(parser):
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
     parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
-    parser.add_argument("--host-calls", type=int, default=100, help="calls over which the host's time is averaged, CUDA only")
+    parser.add_argument("--host-calls", type=int, default=1000, help="calls over which the host's time is averaged, 2 s at most; CUDA only")
     parser.add_argument("--out", type=Path, help="folder for bench.json and the figures (default: print only)")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the figures of an earlier bench.json beside it")
 

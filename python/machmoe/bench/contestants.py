@@ -108,10 +108,15 @@ class GroupedMM(Contestant):
         return self.experts(self.x, self.w1, self.w2, ids, weights)
 
 
+def compiled(function):
+    """One compilation for each shape that comes, however many there are."""
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, dynamic=False)
+
+
 class GroupedMMCompiled(GroupedMM):
     def prepare(self):
-        torch._dynamo.config.recompile_limit = 256
-        self.experts = torch.compile(grouped_experts, dynamic=False)
+        self.experts = compiled(grouped_experts)
 
 
 def glu(h):
@@ -163,8 +168,8 @@ class Dense(Contestant):
             return tensor.repeat(shape.K, 1).view(shape.E, shape.rows // shape.E, shape.d)
 
         self.x_rows, self.d_o_rows = gathered(self.problem.x), gathered(self.problem.d_o)
-        fused = torch.compile if self.x.is_cuda else lambda function: function
-        self.glu, self.glu_backward = fused(glu), fused(glu_backward)
+        on_cuda = self.x.is_cuda
+        self.glu, self.glu_backward = (compiled(glu), compiled(glu_backward)) if on_cuda else (glu, glu_backward)
 
     def leaves(self):
         return self.x, self.w1, self.w2

@@ -11,6 +11,7 @@ import torch
 
 L2_FLUSH_BYTES = 256 << 20
 SLEEP_CYCLES_PER_MS = 1.9e6
+HOST_SECONDS = 2.0
 MIB = 2**20
 
 
@@ -145,13 +146,13 @@ def memory(contestant, device):
 
 
 def host_cost(contestant, device, calls):
-    """Mean host time of an eager call on an idle GPU, and the kernels launched."""
+    """Mean host time of an eager call on an idle GPU, over at most `calls` calls and HOST_SECONDS, and the kernels launched."""
     if device.type != "cuda" or calls < 1:
         return {}
     from torch.profiler import ProfilerActivity, profile
 
-    spent = {"forward": 0.0, "backward": 0.0}
-    for _ in range(calls):
+    spent, done, began = {"forward": 0.0, "backward": 0.0}, 0, time.perf_counter()
+    while done < calls and time.perf_counter() - began < HOST_SECONDS:
         torch.cuda.synchronize()
         start = time.perf_counter()
         o = contestant.forward()
@@ -161,14 +162,11 @@ def host_cost(contestant, device, calls):
         gradients = contestant.backward(o)
         spent["backward"] += time.perf_counter() - start
         del o, gradients
+        done += 1
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         contestant.backward(contestant.forward())
         torch.cuda.synchronize()
     launches = sum(event.count for event in trace.key_averages() if event.self_device_time_total > 0)
-    return {
-        "host_forward_us": spent["forward"] / calls * 1e6,
-        "host_backward_us": spent["backward"] / calls * 1e6,
-        "host_calls": calls,
-        "launches": launches,
-    }
+    microseconds = {f"host_{kind}_us": seconds / done * 1e6 for kind, seconds in spent.items()}
+    return microseconds | {"host_calls": done, "launches": launches}
