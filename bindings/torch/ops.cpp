@@ -125,17 +125,18 @@ machmoe_layer routing_layer(const Tensor& like, int32_t accum, int64_t kind, int
   return l;
 }
 
+// The expert of each row lies apart: no kernel reads it, so the backward need not keep it.
 struct Metadata {
   machmoe_routing routing{};
   Tensor memory;
   Tensor scratch;
   size_t scratch_bytes = 0;
 };
-Metadata new_metadata(const machmoe_layer& layer, const Tensor& like, bool with_expert) {
+Metadata new_metadata(const machmoe_layer& layer, const Tensor& like) {
   size_t metadata_bytes = 0, scratch_bytes = 0;
-  check(machmoe_routing_bytes(&layer, with_expert, &metadata_bytes, &scratch_bytes));
+  check(machmoe_routing_bytes(&layer, 0, &metadata_bytes, &scratch_bytes));
   Metadata m{{}, bytes(like, metadata_bytes), bytes(like, scratch_bytes), scratch_bytes};
-  check(machmoe_routing_carve(&layer, with_expert, m.memory.data_ptr(), &m.routing));
+  check(machmoe_routing_carve(&layer, 0, m.memory.data_ptr(), &m.routing));
   return m;
 }
 
@@ -210,27 +211,29 @@ Tensor routing_topk(const Tensor& ids, const Tensor& weights, int64_t num_expert
   const Launch launch(ids);
   const int32_t weights_dtype = dtype_of(weights, "topk_weights");
   const machmoe_layer layer = routing_layer(ids, accum_of(weights_dtype), MACHMOE_TOPK, ids.size(0), num_experts, ids.size(1), ids.numel());
-  const Metadata m = new_metadata(layer, ids, false);
+  const Metadata m = new_metadata(layer, ids);
   check(machmoe_routing_from_topk(&layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), weights_dtype, nullptr, &m.routing, data(m.scratch), m.scratch_bytes,
                                   launch.stream()));
   return m.memory;
 }
 
-std::tuple<Tensor, Tensor> routing_lists(const Tensor& token_ids, const Tensor& expert_ids, int64_t num_tokens, int64_t num_experts, bool f64) {
+// Metadata, expert of each row, list position of each row.
+std::tuple<Tensor, Tensor, Tensor> routing_lists(const Tensor& token_ids, const Tensor& expert_ids, const Tensor& scores, int64_t num_tokens, int64_t num_experts) {
   const Launch launch(token_ids);
-  const machmoe_layer layer =
-      routing_layer(token_ids, f64 ? MACHMOE_F64 : MACHMOE_F32, MACHMOE_LISTS, num_tokens, num_experts, 0, token_ids.numel());
-  const Metadata m = new_metadata(layer, token_ids, true);
-  const Tensor order = empty(token_ids, {token_ids.numel()}, MACHMOE_I32);
-  check(machmoe_routing_from_lists(&layer, data(token_ids), data(expert_ids), dtype_of(token_ids, "token_ids"), nullptr, static_cast<int32_t*>(data(order)), &m.routing,
-                                   data(m.scratch), m.scratch_bytes, launch.stream()));
-  return {m.memory, order};
+  const int64_t R = token_ids.numel();
+  const machmoe_layer layer = routing_layer(token_ids, dtype_of(scores, "scores"), MACHMOE_LISTS, num_tokens, num_experts, 0, R);
+  Metadata m = new_metadata(layer, token_ids);
+  const Tensor expert = empty(token_ids, {R}, MACHMOE_I32), order = empty(token_ids, {R}, MACHMOE_I32);
+  m.routing.expert = static_cast<int32_t*>(data(expert));
+  check(machmoe_routing_from_lists(&layer, data(token_ids), data(expert_ids), dtype_of(token_ids, "token_ids"), data(scores), static_cast<int32_t*>(data(order)),
+                                   &m.routing, data(m.scratch), m.scratch_bytes, launch.stream()));
+  return {m.memory, expert, order};
 }
 
 Tensor routing_rows(const Tensor& counts, const Tensor& rows) {
   const Launch launch(rows);
   const machmoe_layer layer = routing_layer(rows, accum_of(dtype_of(rows, "rows")), MACHMOE_ROWS, rows.size(0), counts.size(0), 0, rows.size(0));
-  Metadata m = new_metadata(layer, rows, false);
+  Metadata m = new_metadata(layer, rows);
   m.routing.counts = static_cast<int32_t*>(data(counts));
   check(machmoe_routing_complete(&layer, &m.routing, data(m.scratch), m.scratch_bytes, launch.stream()));
   return m.memory;
@@ -242,17 +245,21 @@ int64_t rounded_capacity(int64_t T, int64_t E, int64_t K, int64_t tile, int64_t 
   return capacity;
 }
 
-Tensor token_round(const Tensor& scores, int64_t K, int64_t tile, int64_t rule, bool renormalize, int64_t seed) {
+// Metadata, expert of each row. The seed is a tensor on the CPU: drawn inside a compiled graph, it stays random there.
+std::tuple<Tensor, Tensor> token_round(const Tensor& scores, int64_t K, int64_t tile, int64_t rule, bool renormalize, const Tensor& seed) {
   const Launch launch(scores);
   const int64_t T = scores.size(0), E = scores.size(1);
   const machmoe_layer layer = routing_layer(scores, MACHMOE_F32, MACHMOE_LISTS, T, E, 0, rounded_capacity(T, E, K, tile, rule));
-  const Metadata m = new_metadata(layer, scores, true);
-  const machmoe_token_round_options options{sizeof options, K, tile, static_cast<int32_t>(rule), renormalize, static_cast<uint64_t>(seed)};
+  Metadata m = new_metadata(layer, scores);
+  const Tensor expert = empty(scores, {layer.row_capacity}, MACHMOE_I32);
+  m.routing.expert = static_cast<int32_t*>(data(expert));
+  const auto seed_value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+  const machmoe_token_round_options options{sizeof options, K, tile, static_cast<int32_t>(rule), renormalize, seed_value};
   size_t scratch_bytes = 0;
   check(machmoe_token_round_workspace_bytes(&layer, &scratch_bytes));
   const Tensor scratch = bytes(scores, scratch_bytes);
   check(machmoe_token_round(&layer, &options, static_cast<const float*>(data(scores)), &m.routing, data(scratch), scratch_bytes, launch.stream()));
-  return m.memory;
+  return {m.memory, expert};
 }
 
 // ---- router --------------------------------------------------------------------------------------------------------------------
@@ -371,15 +378,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
 
+// a b in the type of a. Through mm.out, which autocast leaves alone: in a backward under autocast the types stay those of the forward.
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = empty(a, {a.size(0), b.size(1)}, dtype_of(a, "dlogits"));
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
     const Optional& b1_up, const Optional& b2, const Tensor& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids, const Tensor& weights,
-    const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved) {
+    const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
   const Launch launch(x);
   const int64_t K = ids.size(1);
   const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, std::nullopt, std::nullopt, MACHMOE_TOPK, K, activation, alpha, limit, interleaved);
-  const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, true, true, true, true);
+  const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype), no_dscore = none(x, accum_of(l.layer.dtype));
   machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, no_dscore, g);
   const bool recompute = io.h == nullptr;
@@ -393,8 +408,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const machmoe_route r = route_descriptor(logits, router, K, ids, weights, route_counts);
   const machmoe_route_grad route_grad{sizeof route_grad, nullptr, data(daux), data(dlogits)};
   check(machmoe_route_backward(&r, &route_grad, &l.layer, &l.routing, recompute, data(workspace), launch.stream()));
-  const Tensor router_dx = torch::stable::matmul(dlogits, router_w);
-  const Tensor drouter_w = torch::stable::matmul(torch::stable::transpose(dlogits, 0, 1), x);
+  const Tensor router_dx = product(dlogits, router_w);
+  const Tensor drouter_w = product(torch::stable::transpose(dlogits, 0, 1), x);
   io.addend = data(router_dx);
   run(MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT);
   return {dx, drouter_w, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2};
@@ -408,9 +423,9 @@ std::string device_reason(bool cuda) { return machmoe_device_reason(cuda ? MACHM
 
 STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def("routing_topk(Tensor ids, Tensor weights, int num_experts) -> Tensor");
-  m.def("routing_lists(Tensor token_ids, Tensor expert_ids, SymInt num_tokens, int num_experts, bool f64) -> (Tensor, Tensor)");
+  m.def("routing_lists(Tensor token_ids, Tensor expert_ids, Tensor scores, SymInt num_tokens, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("routing_rows(Tensor counts, Tensor rows) -> Tensor");
-  m.def("token_round(Tensor scores, int k, int tile, int rule, bool renormalize, int seed) -> Tensor");
+  m.def("token_round(Tensor scores, int k, int tile, int rule, bool renormalize, Tensor seed) -> (Tensor, Tensor)");
   m.def("route_forward(Tensor logits, int k, int router) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("route_backward(Tensor dweights, Tensor? daux, Tensor logits, Tensor ids, Tensor weights, Tensor counts, int router) -> Tensor");
   m.def(
@@ -422,8 +437,8 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
       "bool need_b2, int score_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor h, "
-      "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool interleaved) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool interleaved, "
+      "bool need_w1, bool need_w2, bool need_b1, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("build_info() -> str");
   m.def("device_reason(bool cuda) -> str");
 }

@@ -1,14 +1,21 @@
 """Loads the operators and gives each a fake: the shapes and dtypes of its results, for torch.compile and meta tensors."""
 
 import pathlib
+import re
 
 import torch
 
-torch.ops.load_library(str(pathlib.Path(__file__).with_name("libmachmoe_torch.so")))
+_FILE = pathlib.Path(__file__).with_name("libmachmoe_torch.so")
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
+    raise ImportError(f"torch is {torch.__version__}, expected 2.11 or later: the operators use its stable ABI; pip install -U torch")
+if not _FILE.exists():
+    raise ImportError(f"{_FILE.name} is not in {_FILE.parent}: build it with ./dev build, or install machmoe with pip")
+torch.ops.load_library(str(_FILE))
 ops = torch.ops.machmoe
 
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
+INDEX_DTYPES = (torch.int32, torch.int64)
 _FLOATS = {code: dtype for dtype, code in DTYPES.items()}
 GATED_ACTIVATIONS = 4  # machmoe_activation below this has a gate
 
@@ -22,7 +29,7 @@ def _aligned(count):
     return (count + 63) // 64 * 64  # 256 bytes, in int32
 
 
-def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False, with_expert=False):
+def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False):
     """Where the arrays of a routing lie in its metadata, in int32: {name: (start, length)} and the total. The mirror of book_routing in src/moe.cpp."""
     parts = {"counts": num_experts, "offsets": num_experts + 1}
     if cuda:
@@ -32,8 +39,6 @@ def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False,
         parts |= {"token": capacity, "score": capacity * (2 if f64 else 1), "inverse": capacity}
     if kind == LISTS:
         parts["token_offsets"] = num_tokens + 1
-    if kind != ROWS and with_expert:
-        parts["expert"] = capacity
     layout, start = {}, 0
     for name, length in parts.items():
         layout[name] = (start, length)
@@ -57,10 +62,10 @@ def _(ids, weights, num_experts):
 
 
 @torch.library.register_fake("machmoe::routing_lists")
-def _(token_ids, expert_ids, num_tokens, num_experts, f64):
+def _(token_ids, expert_ids, scores, num_tokens, num_experts):
     capacity = token_ids.shape[0]
-    _, size = metadata_layout(LISTS, num_tokens, num_experts, capacity, cuda=token_ids.is_cuda, f64=f64, with_expert=True)
-    return token_ids.new_empty(size, dtype=torch.int32), token_ids.new_empty(capacity, dtype=torch.int32)
+    _, size = metadata_layout(LISTS, num_tokens, num_experts, capacity, cuda=token_ids.is_cuda, f64=scores.dtype == torch.float64)
+    return tuple(token_ids.new_empty(length, dtype=torch.int32) for length in (size, capacity, capacity))
 
 
 @torch.library.register_fake("machmoe::routing_rows")
@@ -72,8 +77,9 @@ def _(counts, rows):
 @torch.library.register_fake("machmoe::token_round")
 def _(scores, k, tile, rule, renormalize, seed):
     tokens, experts = scores.shape
-    _, size = metadata_layout(LISTS, tokens, experts, rounded_capacity(tokens, experts, k, tile, rule), cuda=scores.is_cuda, with_expert=True)
-    return scores.new_empty(size, dtype=torch.int32)
+    capacity = rounded_capacity(tokens, experts, k, tile, rule)
+    _, size = metadata_layout(LISTS, tokens, experts, capacity, cuda=scores.is_cuda)
+    return scores.new_empty(size, dtype=torch.int32), scores.new_empty(capacity, dtype=torch.int32)
 
 
 @torch.library.register_fake("machmoe::route_forward")
@@ -120,5 +126,7 @@ def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k,
 
 
 @torch.library.register_fake("machmoe::layer_backward")
-def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit, interleaved):
-    return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(t, True, x) for t in (w1, w1_up, w2, b1, b1_up, b2))
+def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit, interleaved,
+      need_w1, need_w2, need_b1, need_b2):  # fmt: skip
+    pairs = ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
+    return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair, x) for pair in pairs)

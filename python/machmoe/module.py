@@ -92,6 +92,9 @@ class MoE(nn.Module):
             for linear in self.shared_expert.children():
                 linear.reset_parameters()
 
+    def __getstate__(self):
+        return self.__dict__ | {"aux_loss": None}  # part of an autograd graph: copies and pickles go without it
+
     def forward(self, x):
         shape = x.shape
         x = x.reshape(-1, shape[-1])

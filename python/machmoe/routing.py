@@ -3,10 +3,27 @@
 import dataclasses
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ._library import LISTS, accum_of, metadata_layout, ops, rounded_capacity
+from ._library import DTYPES, INDEX_DTYPES, LISTS, accum_of, metadata_layout, ops
 
 RULES = {"nr_f": 0, "sr_f": 1, "nr_s": 2, "up": 3, "down": 4, "balance_f": 5}  # machmoe_rounding
+
+
+def check_device(reference, reference_name, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {reference.device} as {reference_name}: move it with .to({str(reference.device)!r})")
+
+
+def check_index(ids, name):
+    if ids.dtype not in INDEX_DTYPES:
+        raise ValueError(f"{name} is {ids.dtype}, expected torch.int32 or torch.int64: cast it with .int()")
+
+
+def check_score(scores, name):
+    if scores.dtype not in DTYPES:
+        raise ValueError(f"{name} is {scores.dtype}, expected torch.float32, bfloat16, float16 or float64: cast it with .float()")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +77,77 @@ class Routing:
         if token_ids.dim() != 1 or not token_ids.shape == expert_ids.shape == scores.shape:
             shapes = (tuple(t.shape) for t in (token_ids, expert_ids, scores))
             raise ValueError("token_ids, expert_ids, scores have shapes {}, {}, {}, expected [R] all".format(*shapes))
+        check_index(token_ids, "token_ids")
+        check_index(expert_ids, "expert_ids")
+        check_score(scores, "scores")
+        check_device(token_ids, "token_ids", expert_ids=expert_ids, scores=scores)
         if token_ids.dtype != expert_ids.dtype:
             expert_ids = expert_ids.to(token_ids.dtype)
-        f64 = scores.dtype == torch.float64
-        metadata, order = ops.routing_lists(token_ids.contiguous(), expert_ids.contiguous(), num_tokens, num_experts, f64)
-        rows = torch.where(order >= 0, scores.to(accum_of(scores.dtype))[order.clamp(min=0)], 0)
-        return _from_metadata(metadata, rows, num_tokens, num_experts, order.shape[0], f64=f64)
+        scores = scores.to(accum_of(scores.dtype)).contiguous()
+        score, metadata, expert = _ListScores.apply(scores, token_ids.contiguous(), expert_ids.contiguous(), num_tokens, num_experts)
+        return _from_metadata(metadata, score, expert, num_tokens, num_experts)
 
 
-def _from_metadata(metadata, score, num_tokens, num_experts, capacity, *, f64=False, rounded=False):
-    layout, _ = metadata_layout(LISTS, num_tokens, num_experts, capacity, cuda=metadata.is_cuda, f64=f64, with_expert=True)
-    view = {name: metadata[start : start + length] for name, (start, length) in layout.items()}
-    if callable(score):
-        score = score(view)
-    return Routing(view["token"], view["expert"], score, view["counts"], view["offsets"], num_tokens, metadata, rounded)
+def _views(metadata, num_tokens, num_experts, capacity, *, f64=False):
+    layout, _ = metadata_layout(LISTS, num_tokens, num_experts, capacity, cuda=metadata.is_cuda, f64=f64)
+    return {name: metadata[start : start + length] for name, (start, length) in layout.items()}
+
+
+def _score_view(metadata, num_tokens, num_experts, capacity, *, f64=False):
+    """The scores that the kernels read, without a copy."""
+    return _views(metadata, num_tokens, num_experts, capacity, f64=f64)["score"].view(torch.float64 if f64 else torch.float32)
+
+
+def _from_metadata(metadata, score, expert, num_tokens, num_experts, *, rounded=False):
+    view = _views(metadata, num_tokens, num_experts, expert.shape[0], f64=score.dtype == torch.float64)
+    return Routing(view["token"], expert, score, view["counts"], view["offsets"], num_tokens, metadata, rounded)
+
+
+def _scattered(values, index, valid, length):
+    """zeros(length) with values[i] at index[i] where valid[i]; the indices of valid values differ, so the bits do not depend on any order."""
+    out = values.new_zeros(length + 1)
+    return out.scatter_(0, torch.where(valid, index, length), values)[:length]
+
+
+class _ListScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, token_ids, expert_ids, num_tokens, num_experts):
+        metadata, expert, order = ops.routing_lists(token_ids, expert_ids, scores, num_tokens, num_experts)
+        ctx.save_for_backward(order)
+        ctx.mark_non_differentiable(metadata, expert)
+        return _score_view(metadata, num_tokens, num_experts, order.shape[0], f64=scores.dtype == torch.float64), metadata, expert
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_score, _d_metadata, _d_expert):
+        (order,) = ctx.saved_tensors
+        return _scattered(d_score, order.long(), order >= 0, order.shape[0]), None, None, None, None
+
+
+class _RoundedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, seed, k, tile, rule, renormalize):
+        metadata, expert = ops.token_round(scores, k, tile, rule, renormalize, seed)
+        ctx.save_for_backward(scores, metadata, expert)
+        ctx.renormalize = renormalize
+        ctx.mark_non_differentiable(metadata, expert)
+        return _score_view(metadata, *scores.shape, expert.shape[0]), metadata, expert
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_score, _d_metadata, _d_expert):
+        scores, metadata, expert = ctx.saved_tensors
+        tokens, experts = scores.shape
+        view = _views(metadata, tokens, experts, expert.shape[0])
+        valid = torch.arange(expert.shape[0], device=expert.device) < view["offsets"][-1]
+        pair = view["token"].long() * experts + expert
+        d = _scattered(d_score, pair, valid, tokens * experts).view(tokens, experts)
+        if ctx.renormalize:  # s = p / sum(p): dp = (ds - <ds, s>) / sum(p) over the kept pairs
+            kept = _scattered(torch.ones_like(d_score), pair, valid, tokens * experts).view(tokens, experts)
+            total = (scores * kept).sum(1, keepdim=True)
+            total = torch.where(total > 0, total, 1)
+            d = kept * (d - (d * scores).sum(1, keepdim=True) / total) / total
+        return d, None, None, None, None, None
 
 
 def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=None):
@@ -92,20 +166,8 @@ def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=Non
         raise ValueError(f"scores is {scores.dtype} {tuple(scores.shape)}, expected float32 [T, E]: pass softmax(logits.float())")
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}, expected one of {', '.join(RULES)}")
-    if seed is None:
-        seed = int(torch.randint(2**62, ())) if rule in ("sr_f", "nr_s") else 0
+    drawn = seed is None and rule in ("sr_f", "nr_s")
+    seed = torch.randint(2**62, (), device="cpu") if drawn else torch.tensor(seed or 0, dtype=torch.int64, device="cpu")
     tokens, experts = scores.shape
-    metadata = ops.token_round(scores.detach().contiguous(), k, tile, RULES[rule], renormalize, seed)
-    capacity = rounded_capacity(tokens, experts, k, tile, RULES[rule])
-
-    def gathered(view):
-        valid = torch.arange(capacity, device=scores.device) < view["offsets"][-1]
-        if tokens == 0:
-            return scores.new_zeros(0)
-        kept = torch.where(valid, scores[view["token"], view["expert"]], 0)
-        if not renormalize:
-            return kept
-        sums = scores.new_zeros(tokens).index_add(0, view["token"], kept)[view["token"]]
-        return kept / torch.where(sums > 0, sums, 1)
-
-    return _from_metadata(metadata, gathered, tokens, experts, capacity, rounded=tokens >= tile)
+    score, metadata, expert = _RoundedScores.apply(scores.contiguous(), seed, k, tile, RULES[rule], renormalize)
+    return _from_metadata(metadata, score, expert, tokens, experts, rounded=tokens >= tile)
