@@ -39,19 +39,18 @@ template <int kPerLane> struct WarpSelect {
   __device__ void rescan() {
     best = 0;
 #pragma unroll
-    for (int j = 0; j < kPerLane; j++)
-      if (key[j] > best) best = key[j], best_j = j;
+    for (int j = 0; j < kPerLane; j++) {
+      best_j = key[j] > best ? j : best_j;
+      best = max(best, key[j]);
+    }
   }
   // Takes the best candidate out and returns its index, the same in all lanes.
   __device__ int take(int lane) {
     const uint32_t top = __reduce_max_sync(kAllLanes, best);
     const unsigned index = __reduce_min_sync(kAllLanes, best == top ? static_cast<unsigned>(best_j * 32 + lane) : ~0u);
-    if (index % 32 == static_cast<unsigned>(lane)) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; j++)
-        if (j == static_cast<int>(index / 32)) key[j] = 0;
-      rescan();
-    }
+    for (int j = 0; j < kPerLane; j++) key[j] = static_cast<unsigned>(j * 32 + lane) == index ? 0u : key[j];
+    rescan();
     return static_cast<int>(index);
   }
 };

@@ -1,340 +1,356 @@
-// Token rounding (arXiv 2512.14080, section 5, Algorithm 4) in one cooperative launch, bit-equal to src/cpu/token_rounding.cpp:
-//   A  top-K of every token; keys, transposed to one column per expert, rank chosen tokens first, then by score
-//   B  per expert: the count it is rounded to, and by radix selection the key of its last row
-//   C  per expert: its rows in token order; counts, offsets, work list
-//   D, E, F  per token: number of rows, offsets, inverse map
-#include <cooperative_groups.h>
-
+// Token rounding (arXiv 2512.14080, §5, Algorithm 4) without a sort: every expert finds the key of its last kept token bit by bit.
+//   mark    top-K of each token; keys of all pairs, transposed to [E][T]; f = rows of each expert
+//   select  target of each expert and the threshold of its keys                    (Balance-f: its targets by one thread before)
+//   rows    offsets, work list, and the kept tokens of each expert in ascending order; which experts a token has, as bits
+//   slots   token_offsets; then the inverse map and renormalised scores
+// A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
+// ones the lower token.
 #include <algorithm>
 
 #include "core/token_rounding.h"
 #include "core/workspace.h"
-#include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/router.cuh"
 #include "cuda/scan.cuh"
 
 namespace machmoe::cuda {
 namespace {
 
-constexpr int kThreads = kIndexThreads, kWarps = kThreads / 32;
-constexpr int kMaxTile = 4096;
 constexpr uint32_t kChosen = 1u << 30;
-
-// key = bits of the score + 1 (0 stands below every score), and kChosen for the token's top K. Scores are in [0, 1].
-__device__ uint32_t key_of(float score) { return __float_as_uint(score + 0.f) + 1; }
-__device__ float score_of(uint32_t key) { return __uint_as_float((key & ~kChosen) - 1); }
+constexpr int kMaxScoredTile = 2048;   // NrS sorts one tile of scores in shared memory
 
 struct Params {
-  int T, E, K, tile;
-  int64_t pitch;           // of a column of keys
+  int64_t T, R_cap;
+  int E, K, tile;
+  bool rounding;            // T >= tile
   RoundingRule rule;
   bool renormalize;
   uint64_t seed;
-  const float* scores;     // [T, E]
+  const float* scores;      // [T, E]
   Routing out;
   WorkList work;
-  int64_t R_cap;
-  uint32_t* keys;          // [E][pitch]; from C on the row of the pair, or -1
-  int *topk_count, *target, *ties;   // [E]: f, rounded count, rows with exactly the key of the last one
-  uint32_t* last;          // [E] key of the last row
-  int* cursor;             // [T + 1]
-  int tokens_per_tile;     // of phase A: its keys lie in shared memory
+  uint32_t* keys;           // [E][T]
+  int* topk_count;          // [E]
+  int* token_count;         // [T]
+  unsigned* experts;        // [(E + 31) / 32][T] bit e % 32 of word e / 32: token t has expert e
+  uint2* threshold;         // [E] smallest kept key, and how many tokens of exactly that key are kept
 };
-extern __shared__ int shared_ints[];
 
-// ---- A -------------------------------------------------------------------------------------------------------------------------
-__device__ void mark_topk(const Params& p) {
-  auto* keys = reinterpret_cast<uint32_t*>(shared_ints);                     // [tokens_per_tile][E + 1]
-  int* counts = shared_ints + p.tokens_per_tile * (p.E + 1);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = p.tokens_per_tile;
-  for (int e = threadIdx.x; e < p.E; e += kThreads) counts[e] = 0;
-  __syncthreads();
-  for (int base = blockIdx.x * width; base < p.T; base += gridDim.x * width) {
-    const int t = base + warp;
-    if (warp < width && t < p.T) {
-      uint32_t* row = keys + warp * (p.E + 1);
-      uint32_t best = 0;
-      int best_id = p.E;
-      for (int e = lane; e < p.E; e += 32) {
-        const uint32_t key = row[e] = key_of(p.scores[int64_t{t} * p.E + e]);
-        if (key > best) best = key, best_id = e;
+__device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
+
+// ---- mark ----------------------------------------------------------------------------------------------------------------------
+// A warp per token; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
+extern __shared__ uint32_t tile_keys[];   // [warps][E | 1]
+
+__device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) {
+  uint32_t threshold = 0;
+#pragma unroll 1
+  for (int bit = 29; bit >= 0; bit--) {
+    const uint32_t candidate = threshold | 1u << bit;
+    int above = 0;
+    for (int e = lane; e < E; e += 32) above += row[e] >= candidate;
+    if (static_cast<int>(__reduce_add_sync(kAllLanes, above)) >= K) threshold = candidate;
+  }
+  int greater = 0;
+  for (int e = lane; e < E; e += 32) greater += row[e] > threshold;
+  int equals = K - static_cast<int>(__reduce_add_sync(kAllLanes, greater));   // those with the lowest ids
+  for (int base = 0; base < E; base += 32) {
+    const int e = base + lane;
+    const uint32_t key = e < E ? row[e] : 0;
+    const unsigned same = __ballot_sync(kAllLanes, e < E && key == threshold);
+    const bool first = __popc(same & ((1u << lane) - 1)) < equals;
+    if (e < E && (key > threshold || (key == threshold && first))) row[e] = key | kChosen;
+    equals -= min(__popc(same), equals);
+  }
+}
+
+template <int kPerLane> __global__ void __launch_bounds__(1024) mark_kernel(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
+  const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
+  uint32_t* row = tile_keys + warp * pitch;
+  auto load = [&](int e) {
+    const float s = p.scores[t * p.E + e];
+    return s > 0.f && s <= 1.f ? __float_as_uint(s) : 0u;
+  };
+  if (t < p.T) {
+    if constexpr (kPerLane > 0) {
+      WarpSelect<kPerLane> select;
+#pragma unroll
+      for (int j = 0; j < kPerLane; j++) {
+        const int e = j * 32 + lane;
+        const uint32_t key = e < p.E ? load(e) : 0u;
+        if (e < p.E) row[e] = key;
+        select.key[j] = e < p.E ? key + 1 : 0u;
       }
+      select.rescan();
+      __syncwarp();
       for (int k = 0; k < p.K; k++) {
-        const uint32_t top = __reduce_max_sync(~0u, best);
-        const int id = __reduce_min_sync(~0u, best == top ? static_cast<unsigned>(best_id) : ~0u);
-        if (id != best_id) continue;
-        row[id] |= kChosen;
-        atomicAdd(counts + id, 1);
-        best = 0;
-        best_id = p.E;
-        for (int e = lane; e < p.E; e += 32)
-          if (row[e] < kChosen && row[e] > best) best = row[e], best_id = e;
+        const int e = select.take(lane);
+        if (lane == 0) row[e] |= kChosen;
       }
+    } else {
+      for (int e = lane; e < p.E; e += 32) row[e] = load(e);
+      __syncwarp();
+      mark_by_bisection(row, p.E, p.K, lane);
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < width * p.E; i += kThreads) {
-      const int e = i / width, token = i % width;
-      if (base + token < p.T) p.keys[e * p.pitch + base + token] = keys[token * (p.E + 1) + e];
-    }
-    __syncthreads();
   }
-  for (int e = threadIdx.x; e < p.E; e += kThreads)
-    if (counts[e]) atomicAdd(p.topk_count + e, counts[e]);
+  __syncthreads();
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(warps), p.T - first));
+  const int per_warp = 32 / warps, sub = lane / warps, column = lane % warps;   // 32 / warps experts at a time
+  for (int base = warp * per_warp; base < p.E; base += warps * per_warp) {
+    const int e = base + sub;
+    const bool valid = e < p.E && column < tokens;
+    const uint32_t key = valid ? tile_keys[column * pitch + e] : 0u;
+    if (valid) p.keys[int64_t{e} * p.T + first + column] = key;
+    const unsigned chosen = __ballot_sync(kAllLanes, (key & kChosen) != 0);
+    const int count = __popc(warps == 32 ? chosen : chosen >> sub * warps & ((1u << warps) - 1));
+    if (column == 0 && count > 0) atomicAdd(p.topk_count + e, count);
+  }
 }
 
-// ---- B -------------------------------------------------------------------------------------------------------------------------
-// The key of rank count (from 1) in a column, and how many of its equals are among the first `count`.
-struct Rank {
-  uint32_t key;
-  int ties;
-};
-__device__ Rank select(const uint32_t* column, int T, int count) {
-  __shared__ int histogram[256];
-  __shared__ uint32_t prefix;
-  __shared__ int left;
-  uint32_t mask = 0;
-  if (threadIdx.x == 0) prefix = 0, left = count;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) histogram[i] = 0;
-    __syncthreads();
-    const uint32_t wanted = prefix;
-    for (int base = 0; base < T; base += kThreads) {
-      const int t = base + static_cast<int>(threadIdx.x);
-      const uint32_t key = t < T ? column[t] : 0;
-      const int bin = t < T && (key & mask) == wanted ? static_cast<int>(key >> shift & 255) : -1;
-      const unsigned same = __match_any_sync(~0u, bin);
-      if (bin >= 0 && (same & ((1u << threadIdx.x % 32) - 1)) == 0) atomicAdd(histogram + bin, __popc(same));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int bin = 255, rest = left;
-      while (histogram[bin] < rest) rest -= histogram[bin--];
-      left = rest;
-      prefix = wanted | static_cast<uint32_t>(bin) << shift;
-    }
-    mask |= 255u << shift;
-    __syncthreads();
-  }
-  const Rank result{prefix, left};
+// ---- select --------------------------------------------------------------------------------------------------------------------
+__global__ void balance_kernel(const __grid_constant__ Params p) {
+  __shared__ int count[kMaxExperts];
+  for (int e = threadIdx.x; e < p.E; e += blockDim.x) count[e] = p.topk_count[e];
   __syncthreads();
-  return result;
-}
-
-// NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order by thread 0.
-__device__ void score_sums(const uint32_t* column, int T, int down, int up, int f, float& below, float& span) {
-  auto* list = reinterpret_cast<uint32_t*>(shared_ints);   // keys strictly between the two boundaries, then sorted
-  __shared__ int listed, equal_first;
-  const Rank low = select(column, T, up), high = down ? select(column, T, down) : Rank{~0u, 0};
-  if (threadIdx.x == 0) listed = equal_first = 0;
-  int size = 1;
-  while (size < up - down) size *= 2;
-  for (int i = threadIdx.x; i < size; i += kThreads) list[i] = 0;
-  __syncthreads();
-  for (int t = threadIdx.x; t < T; t += kThreads) {
-    const uint32_t key = column[t];
-    if (key > low.key && key < high.key) list[atomicAdd(&listed, 1)] = key;
-    if (down && key == high.key) atomicAdd(&equal_first, 1);
-  }
-  __syncthreads();
-  for (int k = 2; k <= size; k *= 2)   // bitonic, descending
-    for (int j = k / 2; j; j /= 2) {
-      for (int i = threadIdx.x; i < size; i += kThreads) {
-        const int other = i ^ j;
-        if (other <= i) continue;
-        const bool descending = (i & k) == 0;
-        if ((list[i] < list[other]) == descending) {
-          const uint32_t swap = list[i];
-          list[i] = list[other];
-          list[other] = swap;
-        }
-      }
-      __syncthreads();
-    }
   if (threadIdx.x == 0) {
-    const int first = !down ? 0 : low.key == high.key ? up - down : equal_first - high.ties;
-    below = span = 0.f;
-    for (int i = 0; i < up - down; i++) {
-      span += score_of(i < first ? high.key : i < first + listed ? list[i - first] : low.key);
-      if (i == f - down - 1) below = span;
+    int64_t z = 0;
+    for (int e = 0; e < p.E; e++) {
+      const int f = count[e], down = f - f % p.tile;
+      count[e] = int64_t{down} + p.tile <= p.T && balance_rounds_up(f, p.tile, z) ? down + p.tile : down;
+      z += count[e] - f;
     }
   }
   __syncthreads();
+  for (int e = threadIdx.x; e < p.E; e += blockDim.x) p.out.counts[e] = count[e];
 }
 
-__device__ void choose_targets(const Params& p) {
-  __shared__ int target;
-  for (int e = blockIdx.x; e < p.E; e += gridDim.x) {
-    const uint32_t* column = p.keys + e * p.pitch;
-    const int f = p.topk_count[e], down = f - f % p.tile, up = down + p.tile;
-    float below = 0.f, span = 0.f;
-    const bool rounding = p.T >= p.tile && f != down;
-    if (rounding && p.rule == RoundingRule::NrS && up <= p.T) score_sums(column, p.T, down, up, f, below, span);
-    if (threadIdx.x == 0) {
-      target = f;
-      if (rounding && p.rule == RoundingRule::BalanceF) {
-        int64_t z = 0;   // rounded - f over the experts before
-        for (int i = 0; i <= e; i++) {
-          const int g = p.topk_count[i], floor = g - g % p.tile;
-          target = floor + p.tile <= p.T && balance_rounds_up(g, p.tile, z) ? floor + p.tile : floor;
-          z += target - g;
-        }
-      } else if (rounding) {
-        target = up <= p.T && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span) ? up : down;
-      }
-      p.target[e] = target;
-    }
-    __syncthreads();
-    const int count = target;
-    const Rank last = count ? select(column, p.T, count) : Rank{~0u, 0};
-    if (threadIdx.x == 0) p.last[e] = last.key, p.ties[e] = last.ties;
-    __syncthreads();
-  }
-}
-
-// ---- C -------------------------------------------------------------------------------------------------------------------------
-__device__ void write_rows(const Params& p) {
-  const ExpertScan scan = ExpertScan::carve(shared_ints, p.E);
-  scan_experts(scan, p.E, [&](int e) { return p.target[e]; });
-  write_work(scan, p.E, blockIdx.x, gridDim.x, p.out.counts, p.out.offsets, p.work);
-  using Scan = cub::BlockScan<uint32_t, kThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  auto* score = static_cast<float*>(p.out.score);
-  for (int e = blockIdx.x; e < p.E; e += gridDim.x) {
-    uint32_t* column = p.keys + e * p.pitch;
-    const uint32_t last = p.last[e];
-    const int ties = p.ties[e];
-    int above = scan.rows[e], equal = 0;   // rows of this expert written so far, keys equal to the last one met so far
-    for (int base = 0; base < p.T; base += kThreads * kItems) {
-      uint32_t key[kItems], packed[kItems], total;   // packed: kept above the last key in the low half, equal to it in the high half
-      for (int i = 0; i < kItems; i++) {
-        const int t = base + static_cast<int>(threadIdx.x) * kItems + i;
-        key[i] = t < p.T ? column[t] : 0;
-        packed[i] = key[i] > last ? 1u : key[i] == last ? 1u << 16 : 0u;
-      }
-      uint32_t before[kItems];
-      __syncthreads();
-      Scan(storage).ExclusiveSum(packed, before, total);
-      for (int i = 0; i < kItems; i++) {
-        const int t = base + static_cast<int>(threadIdx.x) * kItems + i;
-        if (t >= p.T) continue;
-        const int equal_before = equal + static_cast<int>(before[i] >> 16);
-        const bool kept = key[i] > last || (key[i] == last && equal_before < ties);
-        const int row = above + static_cast<int>(before[i] & 0xFFFF) + min(equal_before, ties);
-        column[t] = kept ? static_cast<uint32_t>(row) : ~0u;
-        if (!kept) continue;
-        p.out.token[row] = t;
-        p.out.expert[row] = e;
-        score[row] = score_of(key[i]);
-      }
-      above += static_cast<int>(total & 0xFFFF);
-      equal += static_cast<int>(total >> 16);
+// The keys of one expert: in registers, key i of a thread being that of token 1024 i + thread; kKeys = 0: in memory, any T.
+template <int kKeys> class ExpertKeys {
+ public:
+  __device__ ExpertKeys(const uint32_t* keys, int64_t T) : keys_(keys), T_(T) {
+#pragma unroll
+    for (int i = 0; i < kKeys; i++) {
+      const int64_t t = i * kIndexThreads + static_cast<int>(threadIdx.x);
+      key_[i] = t < T ? keys[t] : 0u;
     }
   }
-  for (int64_t row = scan.rows[p.E] + int64_t{blockIdx.x} * kThreads + threadIdx.x; row < p.R_cap; row += int64_t{gridDim.x} * kThreads) {
-    p.out.token[row] = p.out.expert[row] = 0;
-    p.out.inverse[row] = -1;
-    score[row] = 0.f;
+  template <class F> __device__ void each(F f) const {
+    if constexpr (kKeys > 0) {
+#pragma unroll
+      for (int i = 0; i < kKeys; i++) f(key_[i]);
+    } else {
+#pragma unroll 8
+      for (int64_t t = threadIdx.x; t < T_; t += kIndexThreads) f(keys_[t]);
+    }
   }
-}
+  // How many keys are >= bound > 0; the same in all threads of the block.
+  __device__ __forceinline__ int at_least(uint32_t bound) {
+    __shared__ int parts[2][32];
+    int count = 0;
+    each([&](uint32_t key) { count += key >= bound; });
+    count = __reduce_add_sync(kAllLanes, count);
+    turn_ ^= 1;
+    if (threadIdx.x % 32 == 0) parts[turn_][threadIdx.x / 32] = count;
+    __syncthreads();
+    return __reduce_add_sync(kAllLanes, parts[turn_][threadIdx.x % 32]);
+  }
+  // The count-th largest key, 1 <= count <= T.
+  __device__ uint32_t ranked(int count) {
+    uint32_t key = 0;
+#pragma unroll 1
+    for (int bit = 30; bit >= 0; bit--)
+      if (at_least(key | 1u << bit) >= count) key |= 1u << bit;
+    return key;
+  }
 
-// ---- D, E, F -------------------------------------------------------------------------------------------------------------------
-// f(token, warp's first and last expert): 32 tokens a block, a range of experts a warp.
-template <class F> __device__ void for_token_tiles(const Params& p, F f) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (p.E + kWarps - 1) / kWarps;
-  for (int base = blockIdx.x * 32; base < p.T; base += gridDim.x * 32) f(base + lane, warp * each, min(p.E, (warp + 1) * each));
-}
-// Rows of token t among the experts first .. last - 1.
-__device__ int rows_of(const Params& p, int t, int first, int last) {
-  int rows = 0;
-  for (int e = first; e < last && t < p.T; e++) rows += static_cast<int>(p.keys[e * p.pitch + t]) >= 0;
-  return rows;
-}
+ private:
+  const uint32_t* keys_;
+  int64_t T_;
+  uint32_t key_[kKeys > 0 ? kKeys : 1];
+  int turn_ = 0;
+};
 
-__device__ void count_tokens(const Params& p) {
-  __shared__ int count[32];
-  for_token_tiles(p, [&](int t, int first, int last) {
-    if (threadIdx.x < 32) count[threadIdx.x] = 0;
-    __syncthreads();
-    atomicAdd(count + threadIdx.x % 32, rows_of(p, t, first, last));
-    __syncthreads();
-    if (threadIdx.x < 32 && t < p.T) p.cursor[t] = count[threadIdx.x];
-    __syncthreads();
+// NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order.
+template <int kKeys> __device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, float& below, float& span) {
+  __shared__ uint32_t between[kMaxScoredTile], sorted[kMaxScoredTile];
+  __shared__ int filled;
+  __shared__ float sums[2];
+  const uint32_t high = down > 0 ? keys.ranked(down) : ~0u, low = keys.ranked(up);
+  const int from_high = down > 0 ? min(keys.at_least(high), up) - down : 0;   // further tokens with the key of rank down - 1
+  if (threadIdx.x == 0) filled = 0;
+  __syncthreads();
+  keys.each([&](uint32_t key) {
+    if (key > low && key < high) between[atomicAdd(&filled, 1)] = key;
   });
+  __syncthreads();
+  const int count = filled;
+  for (int i = threadIdx.x; i < count; i += kIndexThreads) {
+    int rank = 0;
+    for (int j = 0; j < count; j++) rank += between[j] > between[i] || (between[j] == between[i] && j < i);
+    sorted[rank] = between[i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float sum = 0.f;
+    for (int i = 0; i < up - down; i++) {
+      sum += score_of(i < from_high ? high : i < from_high + count ? sorted[i - from_high] : low);
+      if (down + i == f - 1) sums[0] = sum;
+    }
+    sums[1] = sum;
+  }
+  __syncthreads();
+  below = sums[0];
+  span = sums[1];
 }
 
-__device__ void scan_tokens(const Params& p) {
-  if (blockIdx.x) return;
-  using Scan = cub::BlockScan<int, kThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  int start = 0;
-  for (int base = 0; base <= p.T; base += kThreads * 8) {
-    int value[8], total;
-    for (int i = 0; i < 8; i++) {
-      const int t = base + static_cast<int>(threadIdx.x) * 8 + i;
-      value[i] = t < p.T ? p.cursor[t] : 0;
+template <int kKeys> __global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
+  const int e = blockIdx.x, f = p.topk_count[e], over = f % p.tile, down = f - over;
+  ExpertKeys<kKeys> keys(p.keys + int64_t{e} * p.T, p.T);
+  int target = f;
+  if (p.rounding && over > 0) {
+    if (p.rule == RoundingRule::BalanceF) {
+      target = p.out.counts[e];
+    } else {
+      const bool room = int64_t{down} + p.tile <= p.T;
+      float below = 0.f, span = 0.f;
+      if (p.rule == RoundingRule::NrS && room) score_sums(keys, down, f, down + p.tile, below, span);
+      target = room && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span) ? down + p.tile : down;
+    }
+  }
+  uint32_t threshold = ~0u;
+  int equals = 0;
+  if (target > 0) {
+    threshold = keys.ranked(target);
+    equals = target - keys.at_least(threshold + 1);
+  }
+  if (threadIdx.x == 0) {
+    p.threshold[e] = {threshold, static_cast<unsigned>(equals)};
+    p.out.counts[e] = target;
+  }
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------------------
+extern __shared__ int scan_memory[];
+
+__global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
+  constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads, kWarps = kIndexThreads / 32;
+  __shared__ typename IndexScan::TempStorage storage;
+  __shared__ int group_sum[kPerThread * kWarps];   // low half: keys above the threshold, high half: equal ones
+  const int e = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  ExpertScan scan(scan_memory, p.E);
+  scan.run(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
+  write_work(scan, p.E, e, p.E, nullptr, p.out.offsets, p.work);
+  for (int64_t row = scan.rows[p.E] + int64_t{e} * kIndexThreads + threadIdx.x; row < p.R_cap; row += int64_t{p.E} * kIndexThreads) clear_row(p.out, row);
+
+  const uint32_t threshold = p.threshold[e].x;
+  const int wanted = static_cast<int>(p.threshold[e].y), start = scan.rows[e];
+  const uint32_t* keys = p.keys + int64_t{e} * p.T;
+  auto* score = static_cast<float*>(p.out.score);
+  int above_before = 0, equal_before = 0;
+  for (int64_t base = 0; base < p.T; base += kChunk) {
+    uint32_t key[kPerThread];
+    unsigned above[kPerThread], equal[kPerThread];
+#pragma unroll
+    for (int i = 0; i < kPerThread; i++) {
+      const int64_t t = base + i * kIndexThreads + threadIdx.x;
+      key[i] = t < p.T ? keys[t] : 0u;
+      above[i] = __ballot_sync(kAllLanes, key[i] > threshold && t < p.T);
+      equal[i] = __ballot_sync(kAllLanes, key[i] == threshold && t < p.T);
+      if (lane == 0) group_sum[i * kWarps + warp] = __popc(above[i]) | __popc(equal[i]) << 16;
     }
     __syncthreads();
-    Scan(storage).ExclusiveSum(value, value, total);
-    for (int i = 0; i < 8; i++) {
-      const int t = base + static_cast<int>(threadIdx.x) * 8 + i;
-      if (t <= p.T) p.out.token_offsets[t] = start + value[i];
+    int sum = threadIdx.x < kPerThread * kWarps ? group_sum[threadIdx.x] : 0, total;
+    IndexScan(storage).ExclusiveSum(sum, sum, total);
+    if (threadIdx.x < kPerThread * kWarps) group_sum[threadIdx.x] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPerThread; i++) {
+      const unsigned lower = (1u << lane) - 1, before = static_cast<unsigned>(group_sum[i * kWarps + warp]);
+      const int above_rank = above_before + static_cast<int>(before & 0xFFFFu) + __popc(above[i] & lower);
+      const int equal_rank = equal_before + static_cast<int>(before >> 16) + __popc(equal[i] & lower);
+      if (!(above[i] >> lane & 1) && !((equal[i] >> lane & 1) && equal_rank < wanted)) continue;
+      const int row = start + above_rank + min(equal_rank, wanted), t = static_cast<int>(base) + i * kIndexThreads + static_cast<int>(threadIdx.x);
+      p.out.token[row] = t;
+      p.out.expert[row] = e;
+      score[row] = score_of(key[i]);
+      atomicOr(p.experts + int64_t{e / 32} * p.T + t, 1u << e % 32);
+      atomicAdd(p.token_count + t, 1);
     }
+    above_before += total & 0xFFFF;
+    equal_before += total >> 16;
+    __syncthreads();
+  }
+}
+
+// ---- slots ---------------------------------------------------------------------------------------------------------------------
+// Every block sums the counts before its share of the tokens, then scans its share.
+__global__ void __launch_bounds__(kIndexThreads, 1) token_offsets_kernel(const int* count, int* offsets, int64_t T, int64_t share) {
+  __shared__ typename IndexScan::TempStorage storage;
+  const int64_t begin = min(blockIdx.x * share, T), end = min(begin + share, T);
+  int start = 0, before;
+  for (int64_t t = threadIdx.x; t < begin; t += kIndexThreads) start += count[t];
+  IndexScan(storage).ExclusiveSum(start, before, start);
+  for (int64_t base = begin; base < end; base += kIndexThreads) {
+    const int64_t t = base + threadIdx.x;
+    int total;
+    __syncthreads();
+    IndexScan(storage).ExclusiveSum(t < end ? count[t] : 0, before, total);
+    if (t < end) offsets[t] = start + before;
     start += total;
   }
+  if (end == T && begin <= T && blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) offsets[T] = start;
 }
 
-__device__ void fill_inverse(const Params& p) {
-  __shared__ int before[kWarps + 1][32];
-  auto* score = static_cast<float*>(p.out.score);
-  for_token_tiles(p, [&](int t, int first, int last) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    before[warp + 1][lane] = rows_of(p, t, first, last);
-    __syncthreads();
-    if (warp == 0) {
-      before[0][lane] = t < p.T ? p.out.token_offsets[t] : 0;
-      for (int w = 0; w < kWarps; w++) before[w + 1][lane] += before[w][lane];
-    }
-    __syncthreads();
-    int slot = before[warp][lane];
-    for (int e = first; e < last && t < p.T; e++) {
-      const int row = static_cast<int>(p.keys[e * p.pitch + t]);
-      if (row >= 0) p.out.inverse[slot++] = row;
-    }
-    const int begin = before[0][lane], end = before[kWarps][lane];
-    __syncthreads();
-    if (!p.renormalize || warp || t >= p.T) return;
-    float sum = 0.f;
-    for (int i = begin; i < end; i++) sum += score[p.out.inverse[i]];
-    for (int i = begin; i < end && sum > 0.f; i++) score[p.out.inverse[i]] = __fdiv_rn(score[p.out.inverse[i]], sum);
-  });
+__global__ void __launch_bounds__(256) slots_kernel(const __grid_constant__ Params p) {
+  const int64_t row = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (row >= p.R_cap) return;
+  if (row >= p.out.offsets[p.E]) {
+    p.out.inverse[row] = -1;
+    return;
+  }
+  const int t = p.out.token[row], e = p.out.expert[row];
+  int slot = p.out.token_offsets[t];
+  for (int word = 0; word < e / 32; word++) slot += __popc(p.experts[word * p.T + t]);
+  slot += __popc(p.experts[e / 32 * p.T + t] & ((1u << e % 32) - 1));
+  p.out.inverse[slot] = static_cast<int>(row);
+  if (!p.renormalize) return;
+  float sum = 0.f;   // of the token's kept scores, in slot order
+  for (int word = 0; word < (p.E + 31) / 32; word++)
+    for (unsigned bits = p.experts[word * p.T + t]; bits; bits &= bits - 1) sum += p.scores[int64_t{t} * p.E + word * 32 + __ffs(bits) - 1];
+  if (sum > 0.f) static_cast<float*>(p.out.score)[row] /= sum;
 }
 
-__global__ void __launch_bounds__(kThreads) token_round_kernel(const __grid_constant__ Params p) {
-  const auto grid = cooperative_groups::this_grid();
-  for (int e = blockIdx.x * kThreads + threadIdx.x; e < p.E; e += gridDim.x * kThreads) p.topk_count[e] = 0;
-  grid.sync();
-  mark_topk(p);
-  grid.sync();
-  choose_targets(p);
-  grid.sync();
-  write_rows(p);
-  grid.sync();
-  count_tokens(p);
-  grid.sync();
-  scan_tokens(p);
-  grid.sync();
-  fill_inverse(p);
-}
-
-int64_t pitch_of(int64_t T) { return (T + 31) / 32 * 32; }
-int tokens_per_tile(int64_t E) { return E <= 1024 ? 32 : 8; }
-
+// ---- host ----------------------------------------------------------------------------------------------------------------------
 struct Scratch {
-  uint32_t *keys, *last;
-  int *topk_count, *target, *ties, *cursor;
+  uint32_t* keys;
+  uint2* threshold;
+  int* zeroed;      // topk_count, token_count, experts
+  size_t zeroed_ints;
 };
 Scratch book(const Shape& s, Workspace& ws) {
-  return {ws.take<uint32_t>(s.E * pitch_of(s.T)), ws.take<uint32_t>(s.E), ws.take<int>(s.E), ws.take<int>(s.E), ws.take<int>(s.E), ws.take<int>(s.T + 1)};
+  Scratch b{};
+  b.keys = ws.take<uint32_t>(s.T * s.E);
+  b.threshold = ws.take<uint2>(s.E);
+  b.zeroed_ints = static_cast<size_t>(s.E + s.T + (s.E + 31) / 32 * s.T);
+  b.zeroed = ws.take<int>(static_cast<int64_t>(b.zeroed_ints));
+  return b;
+}
+
+void launch_mark(const Params& p, cudaStream_t stream) {
+  const int warps = p.E <= 1024 ? 32 : 8;
+  const size_t smem = sizeof(uint32_t) * static_cast<size_t>(warps * (p.E | 1));
+  const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
+  const auto run = [&](auto* kernel) {
+    if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
+    kernel<<<blocks, static_cast<unsigned>(32 * warps), smem, stream>>>(p);
+  };
+  if (p.E > 512 || p.K > 16) run(mark_kernel<0>);
+  else if (p.E <= 32) run(mark_kernel<1>);
+  else if (p.E <= 64) run(mark_kernel<2>);
+  else if (p.E <= 128) run(mark_kernel<4>);
+  else if (p.E <= 256) run(mark_kernel<8>);
+  else run(mark_kernel<16>);
 }
 
 }  // namespace
@@ -345,20 +361,31 @@ size_t token_round_scratch(const Shape& s) {
   return ws.used();
 }
 
-void token_round(const TokenRoundArgs& a, Stream stream) {
+void token_round(const TokenRoundArgs& a, Stream on) {
   const Shape& s = a.shape;
   MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, kMaxExperts);
-  MACHMOE_SUPPORTED(a.tile <= kMaxTile, "tile is {}, expected at most {} rows on CUDA", a.tile, kMaxTile);
+  MACHMOE_SUPPORTED(a.rule != RoundingRule::NrS || a.tile <= kMaxScoredTile, "tile is {}, expected at most {} with the rule NR-s on CUDA", a.tile, kMaxScoredTile);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  Params p{static_cast<int>(s.T), static_cast<int>(s.E), static_cast<int>(a.K), static_cast<int>(a.tile), pitch_of(s.T), a.rule, a.renormalize, a.seed, a.scores, a.out,
-           work_list(a.out.tiles, s.R_cap, s.E), s.R_cap, b.keys, b.topk_count, b.target, b.ties, b.last, b.cursor, tokens_per_tile(s.E)};
-  const auto ints = std::max<int64_t>({p.tokens_per_tile * (s.E + 1) + s.E, 3 * (s.E + 1), 2 * kMaxTile});
-  const size_t smem = sizeof(int) * static_cast<size_t>(ints);
-  MACHMOE_CUDA_CALL(cudaFuncSetAttribute(token_round_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-  void* args[] = {&p};
-  MACHMOE_CUDA_CALL(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(token_round_kernel), dim3(static_cast<unsigned>(num_sms())), dim3(kThreads), args, smem,
-                                                stream_of(stream)));
+  const cudaStream_t stream = stream_of(on);
+  const Params p{s.T, s.R_cap, static_cast<int>(s.E), static_cast<int>(a.K), static_cast<int>(a.tile), s.T >= a.tile, a.rule, a.renormalize, a.seed, a.scores,
+                 a.out, work_list(a.out.tiles, s.R_cap, s.E), b.keys, b.zeroed, b.zeroed + s.E, reinterpret_cast<unsigned*>(b.zeroed + s.E + s.T), b.threshold};
+  const auto experts = static_cast<unsigned>(s.E);
+  MACHMOE_CUDA_CALL(cudaMemsetAsync(b.zeroed, 0, b.zeroed_ints * sizeof(int), stream));
+  if (s.T > 0) launch_mark(p, stream);
+  if (p.rounding && a.rule == RoundingRule::BalanceF) balance_kernel<<<1, 256, 0, stream>>>(p);
+  if (s.T <= 8 * kIndexThreads) select_kernel<8><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 16 * kIndexThreads) select_kernel<16><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 24 * kIndexThreads) select_kernel<24><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 32 * kIndexThreads) select_kernel<32><<<experts, kIndexThreads, 0, stream>>>(p);
+  else select_kernel<0><<<experts, kIndexThreads, 0, stream>>>(p);
+  const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
+  if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
+  rows_kernel<<<experts, kIndexThreads, smem, stream>>>(p);
+  const int64_t share = std::max<int64_t>(kIndexThreads, (s.T + num_sms() - 1) / num_sms());
+  token_offsets_kernel<<<static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, stream>>>(p.token_count, a.out.token_offsets, s.T, share);
+  if (s.R_cap > 0) slots_kernel<<<static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream>>>(p);
+  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace machmoe::cuda

@@ -48,19 +48,14 @@ template <int kPerLane, class Logit> __global__ void __launch_bounds__(32 * kWar
       select.key[j] = e < p.E ? order_key(x[j]) : 0;
     }
     select.rescan();
-    int id = 0;
-    float mine = -INFINITY;   // logit of the selected expert `lane`
+    int id = 0;   // of the selected expert `lane`
     for (int k = 0; k < p.K; k++) {
       const int e = select.take(lane);
-      float v = 0.f;
-#pragma unroll
-      for (int j = 0; j < kPerLane; j++)
-        if (j == e / 32) v = x[j];
-      v = __shfl_sync(kAllLanes, v, e % 32);
-      if (lane == k) id = e, mine = v;
+      if (lane == k) id = e;
     }
-    const float top = __shfl_sync(kAllLanes, mine, 0);
     const bool selected = lane < p.K;
+    const float mine = static_cast<float>(row[id]);
+    const float top = __shfl_sync(kAllLanes, mine, 0);
     float weight = selected ? expf(mine - top) : 0.f;
     if (all) {
       float exponential[kPerLane], sum = 0.f;
