@@ -64,7 +64,7 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
   }
 }
 
-template <int kPerLane> __global__ void __launch_bounds__(1024) mark_kernel(const __grid_constant__ Params p) {
+template <int kPerLane> __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
   const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
   uint32_t* row = tile_keys + warp * pitch;
@@ -338,14 +338,15 @@ Scratch book(const Shape& s, Workspace& ws) {
 }
 
 void launch_mark(const Params& p, cudaStream_t stream) {
-  const int warps = p.E <= 1024 ? 32 : 8;
+  const bool in_registers = p.E <= 512 && p.K <= 16;
+  const int warps = p.E > 1024 ? 8 : in_registers && p.E > 256 ? 16 : 32;   // tokens of a block: what shared memory and registers hold
   const size_t smem = sizeof(uint32_t) * static_cast<size_t>(warps * (p.E | 1));
   const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
   const auto run = [&](auto* kernel) {
     if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
     kernel<<<blocks, static_cast<unsigned>(32 * warps), smem, stream>>>(p);
   };
-  if (p.E > 512 || p.K > 16) run(mark_kernel<0>);
+  if (!in_registers) run(mark_kernel<0>);
   else if (p.E <= 32) run(mark_kernel<1>);
   else if (p.E <= 64) run(mark_kernel<2>);
   else if (p.E <= 128) run(mark_kernel<4>);
