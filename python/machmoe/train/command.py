@@ -16,22 +16,29 @@ from .plot import plot_losses
 
 CHOICES = {"experts": EXPERTS, "routing": ROUTINGS, "dtype": DTYPES}
 HELP = {
+    "layers": "blocks of attention and MoE",
     "d": "hidden size",
     "n": "intermediate size of one expert",
     "num_experts": "experts E",
     "k": "active experts a token",
+    "heads": "of the attention",
     "context": "bytes a sequence",
     "batch": "sequences a step",
+    "steps": "updates of the weights",
     "lr": "peak learning rate",
     "min_lr": "final learning rate, as a share of --lr",
-    "warmup": "steps",
+    "warmup": "steps of rising learning rate",
+    "weight_decay": "of AdamW, on matrices",
     "clip": "largest gradient norm",
     "balance": "weight of the load-balance loss",
-    "corpus": "text file or folder (default: Python's standard library source)",
+    "seed": "of the weights and the order of the text",
+    "corpus": "text file or folder; default: Python's standard library source",
     "corpus_mb": "read at most this many MiB",
     "experts": "who computes the MoE layers",
-    "dtype": "of the products; weights stay fp32 (default: bf16 on CUDA)",
+    "routing": "top-K, or rows per expert rounded to multiples of 128 while training",
     "device": "cpu, cuda or cuda:<i>",
+    "dtype": "of the products, weights stay fp32; bf16 on CUDA",
+    "compile": "torch.compile the model",
     "val_every": "steps between validations",
     "val_sequences": "sequences a validation reads",
     "checkpoint_every": "steps between checkpoints",
@@ -49,13 +56,22 @@ def add_arguments(parser):
     parser.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
     for field in fields(Config):
         # Suppressed defaults: what is absent from the namespace comes from the preset.
-        options = {"dest": field.name, "default": argparse.SUPPRESS, "help": HELP.get(field.name)}
-        if field.name == "compile":
-            parser.add_argument("--compile", action="store_true", default=argparse.SUPPRESS, help="torch.compile the model")
+        options = {"dest": field.name, "default": argparse.SUPPRESS, "help": HELP[field.name] + preset_values(field.name)}
+        if field.type is bool:
+            parser.add_argument(flag(field.name), action="store_true", **options)
         elif field.name in CHOICES:
             parser.add_argument(flag(field.name), choices=CHOICES[field.name], **options)
         else:
-            parser.add_argument(flag(field.name), type=field.type, metavar=field.name.upper(), **options)
+            parser.add_argument(flag(field.name), type=field.type, metavar={int: "N", float: "X", str: "S"}[field.type], **options)
+
+
+def preset_values(name):
+    """What the presets say, for the help: one value, or one for each."""
+    values = {preset: getattr(config, name) for preset, config in PRESETS.items()}
+    if len(set(values.values())) > 1:
+        return " (" + ", ".join(f"{preset} {value}" for preset, value in values.items()) + ")"
+    value = values["tiny"]
+    return "" if value == "" or value is False else f" ({value})"
 
 
 def run(arguments):

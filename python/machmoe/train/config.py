@@ -87,7 +87,7 @@ def flag(name):
 # The 120m preset: 6 x (64 experts x 3 x 512 x 192 + attention) + embeddings = 120 M parameters, 8 of 64 experts active.
 PRESETS = {
     "tiny": Config(),
-    "small": Config(layers=6, d=256, n=128, num_experts=32, k=4, heads=8, context=512, batch=16, steps=2000, lr=2e-3, warmup=100, corpus_mb=32),
+    "small": Config(layers=6, d=256, n=128, num_experts=32, k=4, heads=8, context=512, batch=16, steps=2000, lr=2e-3, warmup=100, corpus_mb=32.0),
     "120m": Config(
         layers=6,
         d=512,
@@ -100,7 +100,7 @@ PRESETS = {
         steps=1000,
         lr=1e-3,
         warmup=100,
-        corpus_mb=64,
+        corpus_mb=64.0,
         val_sequences=64,
         checkpoint_every=500,
     ),
