@@ -16,10 +16,9 @@ struct ExpertScan {
   int* rows;    // [E + 1] offsets
   int* tiles;   // [E + 1] 128-row tiles before the expert
   int* pairs;   // [E + 1] 256-row pairs before it
-  int experts;  // that have rows
 
   static constexpr int64_t ints(int64_t E) { return 3 * (E + 1); }
-  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)), pairs(memory + 2 * (E + 1)), experts(0) {}
+  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)), pairs(memory + 2 * (E + 1)) {}
 
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles and pairs.
   template <class Count> __device__ void run(int E, int64_t R_cap, Count count) {
@@ -42,7 +41,7 @@ struct ExpertScan {
     sums(rows, [](int n) { return n; });
     sums(tiles, [](int n) { return (n + kTileRows - 1) / kTileRows; });
     sums(pairs, [](int n) { return (n + kPairRows - 1) / kPairRows; });
-    for (int i = 0; i < kItems; i++) experts += __syncthreads_count(number[i] > 0);
+    __syncthreads();
   }
 };
 
@@ -71,7 +70,7 @@ __device__ inline void write_work(const ExpertScan& scan, int E, int block, int 
   };
   write(work.tiles, scan.tiles, kTileRows);
   write(work.pairs, scan.pairs, kPairRows);
-  if (first == 0) *work.header = {scan.pairs[E], scan.tiles[E], scan.rows[E], scan.experts};
+  if (first == 0) *work.header = {scan.pairs[E], scan.tiles[E], scan.rows[E], 0};
 }
 
 // What stands in the rows past R.
