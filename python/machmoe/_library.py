@@ -13,6 +13,10 @@ if not _FILE.exists():
 torch.ops.load_library(str(_FILE))
 ops = torch.ops.machmoe
 
+OPERATORS = (
+    "routing_topk", "routing_lists", "routing_rows", "token_round", "route_forward", "route_backward", "experts_forward", "experts_backward",
+    "layer_backward",
+)  # fmt: skip
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -30,7 +34,7 @@ def _aligned(count):
 
 
 def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False):
-    """Where the arrays of a routing lie in its metadata, in int32: {name: (start, length)} and the total. The mirror of book_routing in src/moe.cpp."""
+    """Where the arrays of a routing lie in its metadata, in int32: {name: (start, length)} and the total. Mirrors book_routing in src/moe.cpp."""
     parts = {"counts": num_experts, "offsets": num_experts + 1}
     if cuda:
         experts_with_rows = torch.sym_min(num_experts, capacity)
@@ -126,7 +130,7 @@ def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k,
 
 
 @torch.library.register_fake("machmoe::layer_backward")
-def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit, interleaved,
-      need_w1, need_w2, need_b1, need_b2):  # fmt: skip
+def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
+      interleaved, need_w1, need_w2, need_b1, need_b2):  # fmt: skip
     pairs = ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
     return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair, x) for pair in pairs)

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from .functional import ACTIVATIONS, LAYOUTS, ROUTERS, experts_general, layer, route
-from .routing import RULES, token_round
 from ._library import GATED_ACTIVATIONS
+from .arguments import ACTIVATIONS, LAYOUTS, ROUTERS, RULES, check_choice
+from .functional import experts_general, layer, route
+from .routing import token_round
 
 
 class Experts(nn.Module):
@@ -65,15 +66,16 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, intermediate_size, num_experts, k, *, router="softmax_topk_norm", activation="swiglu", w1_layout="concatenated", routing="topk", tile=128,
-        rule="nr_f", shared_intermediate_size=None, bias=False, alpha=1.702, limit=None, recompute=False, device=None, dtype=None,
+        self, hidden_size, intermediate_size, num_experts, k, *, router="softmax_topk_norm", activation="swiglu", w1_layout="concatenated",
+        routing="topk", tile=128, rule="nr_f", shared_intermediate_size=None, bias=False, alpha=1.702, limit=None, recompute=False,
+        device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        for value, name, known in ((router, "router", ROUTERS), (activation, "activation", ACTIVATIONS), (w1_layout, "w1_layout", LAYOUTS), (rule, "rule", RULES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if routing not in ("topk", "token-rounding"):
-            raise ValueError(f"routing is {routing!r}, expected 'topk' or 'token-rounding'")
+        check_choice(router, "router", ROUTERS)
+        check_choice(activation, "activation", ACTIVATIONS)
+        check_choice(w1_layout, "w1_layout", LAYOUTS)
+        check_choice(rule, "rule", RULES)
+        check_choice(routing, "routing", ("topk", "token-rounding"))
         self.k, self.router, self.routing, self.tile, self.rule = k, router, routing, tile, rule
         self.options = {"activation": activation, "w1_layout": w1_layout, "alpha": alpha, "limit": limit, "recompute": recompute}
         gated = ACTIVATIONS[activation] < GATED_ACTIVATIONS

@@ -5,25 +5,8 @@ import dataclasses
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._library import DTYPES, INDEX_DTYPES, LISTS, accum_of, metadata_layout, ops
-
-RULES = {"nr_f": 0, "sr_f": 1, "nr_s": 2, "up": 3, "down": 4, "balance_f": 5}  # machmoe_rounding
-
-
-def check_device(reference, reference_name, **tensors):
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != reference.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {reference.device} as {reference_name}: move it with .to({str(reference.device)!r})")
-
-
-def check_index(ids, name):
-    if ids.dtype not in INDEX_DTYPES:
-        raise ValueError(f"{name} is {ids.dtype}, expected torch.int32 or torch.int64: cast it with .int()")
-
-
-def check_score(scores, name):
-    if scores.dtype not in DTYPES:
-        raise ValueError(f"{name} is {scores.dtype}, expected torch.float32, bfloat16, float16 or float64: cast it with .float()")
+from ._library import LISTS, accum_of, metadata_layout, ops
+from .arguments import RULES, check_choice, check_device, check_index, check_score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +147,7 @@ def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=Non
     """
     if scores.dim() != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores is {scores.dtype} {tuple(scores.shape)}, expected float32 [T, E]: pass softmax(logits.float())")
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, expected one of {', '.join(RULES)}")
+    check_choice(rule, "rule", RULES)
     drawn = seed is None and rule in ("sr_f", "nr_s")
     seed = torch.randint(2**62, (), device="cpu") if drawn else torch.tensor(seed or 0, dtype=torch.int64, device="cpu")
     tokens, experts = scores.shape

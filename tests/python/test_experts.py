@@ -2,10 +2,10 @@
 
 import math
 
+import machmoe
 import pytest
 import torch
-
-import machmoe
+from torch.utils._python_dispatch import TorchDispatchMode
 
 F = torch.nn.functional
 ACTIVATIONS = {
@@ -24,17 +24,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 T, D, N, E, K = 61, 40, 24, 6, 3
 
 
-def leaves(dtype, activation="swiglu", bias=False, seed=0):
+def leaves(dtype, activation="swiglu", bias=False, seed=0, shape=(T, D, N, E, K)):
     torch.manual_seed(seed)
+    t, d, n, e, k = shape
     planes = 2 if activation in GATED else 1
     made = {
-        "x": torch.randn(T, D),
-        "w1": torch.randn(E, planes * N, D) / math.sqrt(D),
-        "w2": torch.randn(E, D, N) / math.sqrt(N),
-        "weights": torch.rand(T, K),
+        "x": torch.randn(t, d),
+        "w1": torch.randn(e, planes * n, d) / math.sqrt(d),
+        "w2": torch.randn(e, d, n) / math.sqrt(n),
+        "weights": torch.rand(t, k),
     }
     if bias:
-        made |= {"b1": torch.randn(E, planes * N), "b2": torch.randn(E, D)}
+        made |= {"b1": torch.randn(e, planes * n), "b2": torch.randn(e, d)}
     return {name: t.to(torch.float32 if name == "weights" else dtype).requires_grad_() for name, t in made.items()}
 
 
@@ -46,10 +47,11 @@ def chosen_ids(seed=0):
 def plain(v, ids, activation="swiglu", addend=None):
     """The definition, one expert at a time, in the dtype of v."""
     out = torch.zeros_like(v["x"]) if addend is None else addend
-    for e in range(E):
+    num_experts, _, n = v["w2"].shape
+    for e in range(num_experts):
         token, slot = (ids == e).nonzero(as_tuple=True)
         h = v["x"][token] @ v["w1"][e].T + (v["b1"][e] if "b1" in v else 0)
-        g, u = (h[:, :N], h[:, N:]) if activation in GATED else (None, h)
+        g, u = (h[:, :n], h[:, n:]) if activation in GATED else (None, h)
         y = ACTIVATIONS[activation](g, u) @ v["w2"][e].T + (v["b2"][e] if "b2" in v else 0)
         out = out.index_add(0, token, y * v["weights"][token, slot, None])
     return out
@@ -80,6 +82,51 @@ def test_experts_are_their_definition(activation, dtype):
     ref = in_fp64(v)
     out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"], activation=activation, b1=v["b1"], b2=v["b2"])
     expect_equal_gradients(v, out, ref, plain(ref, ids, activation), TOLERANCE[dtype])
+
+
+def random_ids(t, e, k):
+    return torch.rand(t, e).topk(k).indices
+
+
+def consecutive(t, e, k, *counts):
+    """The first counts[0] tokens choose expert 0, the next counts[1] expert 1, ...: K = 1."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
+
+
+CASES = {  # T, d, n, E, K and the ids
+    "one token": ((1, 8, 8, 1, 1), random_ids),
+    "every expert": ((33, 8, 104, 4, 4), random_ids),
+    "odd sizes": ((77, 72, 104, 9, 3), random_ids),
+    "one expert takes all": ((200, 16, 8, 5, 1), lambda t, e, k: torch.full((t, k), 3)),
+    "1, 127, 0, 128, 129 rows": ((385, 24, 16, 6, 1), lambda *s: consecutive(*s, 1, 127, 0, 128, 129)),
+    "all dropped": ((20, 16, 16, 3, 2), lambda t, e, k: torch.full((t, k), e + 5)),
+    "more experts than rows": ((5, 16, 16, 300, 2), random_ids),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_case_table(case, dtype):
+    shape, pattern = CASES[case]
+    v = leaves(dtype, bias=True, shape=shape)
+    t, _, _, e, k = shape
+    ids = pattern(t, e, k)
+    ref = in_fp64(v)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"], b1=v["b1"], b2=v["b2"])
+    expect_equal_gradients(v, out, ref, plain(ref, ids), TOLERANCE[dtype])
+
+
+def test_nan_stays_with_its_expert():
+    v, ids = leaves(torch.bfloat16), chosen_ids()
+    with torch.no_grad():
+        v["w1"][2, 5, 7] = v["w2"][4, 0, 0] = math.nan
+    touched = ((ids == 2) | (ids == 4)).any(1)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+    out.sum().backward()
+    sound = [0, 1, 3, 5]
+    assert torch.isfinite(out[~touched]).all() and torch.isfinite(v["x"].grad[~touched]).all()
+    assert torch.isfinite(v["w1"].grad[sound]).all() and torch.isfinite(v["w2"].grad[sound]).all()
+    assert out[touched].isnan().any()
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -219,14 +266,8 @@ def test_layer_is_route_and_experts(router):
         assert error(a, b.double()) <= 1e-5, name
 
 
-@pytest.mark.parametrize("n", [64, 256, 1024])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_saved_bytes_are_h_and_metadata(n, recompute):
-    """At constant K n the activations saved beside x and the weights do not grow with the granularity."""
-    k, tokens, d = 1024 // n, 256, 64
-    e = 4 * k
-    x, w1, w2 = torch.randn(tokens, d, requires_grad=True), torch.randn(e, 2 * n, d), torch.randn(e, d, n)
-    ids = torch.rand(tokens, e).topk(k).indices
+def saved_bytes(run, *apart):
+    """Bytes of the storages that `run` saves for its backward, without those of the tensors `apart`."""
     saved = {}
 
     def pack(t):
@@ -234,12 +275,65 @@ def test_saved_bytes_are_h_and_metadata(n, recompute):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = machmoe.experts(x.bfloat16(), w1.bfloat16().requires_grad_(), w2.bfloat16(), ids, torch.rand(tokens, k, requires_grad=True), recompute=recompute)
-    rows = tokens * k
-    weights_and_x = 2 * (3 * e * n * d + tokens * d)
-    h = 0 if recompute else 4 * rows * n
-    assert sum(saved.values()) - weights_and_x <= h + 16 * rows + 64 * e + 64 * 1024
-    assert out.requires_grad
+        assert run().requires_grad
+    for t in apart:
+        assert saved.pop(t.untyped_storage().data_ptr())
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("n", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_bytes_are_h_and_metadata(n, recompute):
+    """x and the weights themselves, 4 R_cap n bytes of H, metadata; at constant K n it does not grow with the granularity."""
+    k, tokens, d = 1024 // n, 256, 64
+    e = 4 * k
+    x, w1, w2 = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((tokens, d), (e, 2 * n, d), (e, d, n)))
+    scores = torch.rand(tokens, e)
+    weights, ids = scores.topk(k)
+    weights.requires_grad_()
+    general = machmoe.Routing.from_topk(ids, weights, e)
+    rounded = machmoe.token_round(scores.div(2).requires_grad_(), k, 16)
+
+    def allowed(rows):
+        return (0 if recompute else 4 * rows * n) + 16 * rows + 64 * e + 64 * 1024
+
+    assert saved_bytes(lambda: machmoe.experts(x, w1, w2, ids, weights, recompute=recompute), x, w1, w2) <= allowed(tokens * k)
+    for routing in (general, rounded):
+        assert saved_bytes(lambda r=routing: machmoe.experts_general(x, w1, w2, r, recompute=recompute), x, w1, w2) <= allowed(routing.capacity)
+    rows = torch.randn(tokens * k, d, dtype=torch.bfloat16)
+    counts = torch.full((e,), tokens * k // e, dtype=torch.int32)
+    assert saved_bytes(lambda: machmoe.grouped_mlp(rows, counts, w1, w2, recompute=recompute), rows, w1, w2) <= allowed(tokens * k)
+
+
+def test_without_gradients_h_is_not_written():
+    v, ids = leaves(torch.float32), chosen_ids()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.machmoe.experts_forward.default:
+                rows.append(out[1].shape[0])
+            return out
+
+    rows = []
+    with Recorder():
+        machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+        with torch.no_grad():
+            machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+            machmoe.layer(v["x"], torch.randn(E, D), v["w1"], v["w2"], K)
+    assert rows == [T * K, 0, 0]
+
+
+def test_a_backward_under_autocast_keeps_the_types_of_its_forward():
+    v = leaves(torch.float32)
+    del v["weights"]
+    v["router"] = torch.randn(E, D, requires_grad=True)
+    out, aux = machmoe.layer(v["x"], v["router"], v["w1"], v["w2"], K)
+    loss = out.square().sum() + aux
+    want = torch.autograd.grad(loss, tuple(v.values()), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, tuple(v.values()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_autocast_casts_outside_and_keeps_gradient_dtypes():
@@ -264,6 +358,12 @@ def test_autocast_casts_outside_and_keeps_gradient_dtypes():
         ({"activation": "swish"}, r"activation is 'swish', expected one of swiglu"),
         ({"w1_layout": "transposed"}, r"w1_layout is 'transposed'"),
         ({"b2": torch.randn(E, N)}, r"b2 is \(6, 24\), expected \[6, 40\]"),
+        ({"b1": (torch.randn(E, N), torch.randn(E, N))}, r"one of w1 and b1 is a pair"),
+        ({"w1": (torch.randn(E, N, D),)}, r"w1 is a sequence of 1 tensors"),
+        ({"topk_ids": torch.zeros(T, K, device="meta", dtype=torch.int64)}, r"topk_ids is on meta, expected cpu as x: move it"),
+        ({"topk_ids": torch.zeros(T, K)}, r"topk_ids is torch.float32, expected torch.int32 or torch.int64"),
+        ({"topk_weights": torch.zeros(T, K, dtype=torch.int32)}, r"topk_weights is torch.int32, expected torch.float32"),
+        ({"x": torch.randn(T, D).half()}, r"x is torch.float16 on cpu, expected torch.float32 or torch.bfloat16 or torch.float64: cast"),
     ],
 )
 def test_errors_name_the_argument(change, sentence):

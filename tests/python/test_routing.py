@@ -1,9 +1,8 @@
 """Routing, token_round and route: contents, gradients, errors."""
 
+import machmoe
 import pytest
 import torch
-
-import machmoe
 from machmoe import _library
 
 T, E, K = 50, 7, 3
