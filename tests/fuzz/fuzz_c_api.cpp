@@ -25,7 +25,7 @@ class Input {
   }
   int32_t code(int32_t last) {
     const uint8_t b = byte();
-    return b < 248 ? b % (last + 1) : static_cast<int32_t>(b) * 0x01010101;
+    return b < 248 ? b % (last + 1) : static_cast<int32_t>(b * 0x01010101u);
   }
 
  private:
