@@ -6,24 +6,22 @@
 namespace machmoe::cuda::hopper {
 namespace {
 
-// kBox: columns of a store. 64 are the faster choice; beside scores and biases only the addresses of 32 fit into registers.
-template <bool kScaled, int kBox> void launch(const DownProjArgs& a, Stream stream) {
-  using Schedule = PingPong<192, 4>;
-  using Epilogue = StoreEpilogue<192, kBox, 256 / kBox, kScaled>;
-  constexpr int kColumns = Schedule::R::kColumns;
+template <bool kScaled, int kColumns, class Epilogue>
+void launch(const DownProjArgs& a, Stream stream) {
+  using Schedule = PingPong<kColumns, 4>;
   const Shape& s = a.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, R_cap = s.R_cap;
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   GroupedGemmParams<TmaRows, Epilogue> p{};
   int clusters = 0;
-  p.step = pair_walk(work, s.R_cap, s.E, (s.d + kColumns - 1) / kColumns, num_sms(), clusters);
   p.k_blocks = static_cast<int>((s.n + kBlockK - 1) / kBlockK);
+  p.step = pair_step(work, s.R_cap, s.E, (s.d + kColumns - 1) / kColumns, num_sms(), clusters);
   p.rows.map = tensor_map<bf16>(a.a, {n, R_cap}, {2 * n}, {kBlockK, kTileRows}, 128);
   p.weights.half[0] = p.weights.half[1] =
       tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {kBlockK, kColumns / 2, 1}, 128);
   p.weights.step = kColumns;
   p.weights.second = kColumns / 2;
-  p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, kBox);
+  p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, Epilogue::kBox);
   p.epilogue.d = static_cast<int>(d);
   if constexpr (kScaled) {
     p.epilogue.score = static_cast<const float*>(a.routing.score);
@@ -37,7 +35,9 @@ template <bool kScaled, int kBox> void launch(const DownProjArgs& a, Stream stre
 
 void down_proj(const DownProjArgs& a, Stream stream) {
   if (a.shape.R_cap == 0) return;
-  return a.shape.kind == RoutingKind::Rows ? launch<true, 32>(a, stream) : launch<false, 64>(a, stream);
+  // Beside scores and biases the addresses of 192 columns do not fit into registers.
+  return a.shape.kind == RoutingKind::Rows ? launch<true, 176, StoreEpilogue<176, 88, 3, true>>(a, stream)
+                                           : launch<false, 192, StoreEpilogue<192, 64, 4, false>>(a, stream);
 }
 
 }  // namespace machmoe::cuda::hopper

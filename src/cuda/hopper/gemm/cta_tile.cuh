@@ -6,28 +6,39 @@
 
 namespace machmoe::cuda::hopper {
 
+// As the consumers see it. row == row_end: no rows.
 struct CtaTile {
-  int expert, row, row_end, column;   // row == row_end: no rows, the list ended between the two CTAs; expert < 0: no tile at all
-  DEV bool valid() const { return expert >= 0; }
+  int expert, row, row_end, column;
   DEV int rows() const { return min(row_end - row, kTileRows); }
-};
-struct ClusterTile : CtaTile {
-  bool shared;                        // the other CTA of the cluster multiplies by the same weights
 };
 
 // step.entries counts tiles, step.work lists them; an entry of the walk is a pair of them.
-DEV bool walk_ended(const TileWalk& at, int tiles) { return 2 * at.entry >= tiles; }
-DEV ClusterTile cluster_tile(const TileWalk& at, const WalkStep& step, int tiles, int rank) {
-  if (walk_ended(at, tiles)) return {-1, 0, 0, 0, false};
-  const int index = 2 * at.entry + rank, last = tiles - 1;
-  const int4* list = reinterpret_cast<const int4*>(step.work);
-  const int4 t = __ldg(list + min(index, last));
-  const int other = __ldg(&list[min(index ^ 1, last)].x);
-  return {t.x, index > last ? t.z : t.y, t.z, at.rotated(step), t.x == other};
-}
+DEV bool ended(const TileWalk& at, int tiles) { return 2 * at.entry >= tiles; }
+
+// As the producer sees it. Loaded one tile ahead: the constructor touches no loaded value, else the producer would wait for it there.
+struct ClusterTile {
+  int4 work{};    // expert, row, row_end
+  int other = 0;  // expert of the other CTA of the cluster
+  int column = 0;
+  int present = -1;  // tiles from this one to the end of the list; 0: the list ended between the two CTAs, -1: before them
+
+  DEV ClusterTile(const TileWalk& at, const WalkStep& step, int tiles, int rank) {
+    if (ended(at, tiles)) return;
+    const int index = 2 * at.entry + rank, last = tiles - 1;
+    const int4* list = reinterpret_cast<const int4*>(step.work);
+    present = tiles - index;
+    work = __ldg(list + min(index, last));
+    other = __ldg(&list[min(index ^ 1, last)].x);
+    column = at.rotated(step);
+  }
+  DEV bool valid() const { return present >= 0; }
+  DEV bool shared() const { return work.x == other; }  // both CTAs multiply by the same weights
+  DEV int rows() const { return present > 0 ? min(work.z - work.y, kTileRows) : 0; }
+  DEV CtaTile posted() const { return {work.x, present > 0 ? work.y : work.z, work.z, column}; }
+};
 
 // Clusters of the persistent grid: at most one per pair of tiles and column of the largest routing.
-inline WalkStep pair_walk(const WorkList& work, int64_t R_cap, int64_t E, int64_t columns, int sms, int& clusters) {
+inline WalkStep pair_step(const WorkList& work, int64_t R_cap, int64_t E, int64_t columns, int sms, int& clusters) {
   clusters = static_cast<int>(std::min<int64_t>(sms / 2, columns * ((work_capacity(R_cap, E, kTileRows) + 1) / 2)));
   return WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
 }

@@ -6,15 +6,29 @@
 
 namespace machmoe::cuda::hopper {
 
+// Four sigmoids with one reciprocal: the special function unit is what an epilogue waits for. 1 / e0 = e1 e2 e3 / (e0 e1 e2 e3); below -20 a sigmoid
+// stays 2e-9, so that the product is finite.
+DEV void sigmoid4(const float* x, float (&s)[4]) {
+  float e[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) e[i] = 1.f + exp2_approx(-1.44269504f * fmaxf(x[i], -20.f));
+  const float low = e[0] * e[1], high = e[2] * e[3], r = rcp_approx(low * high), r_low = r * high, r_high = r * low;
+  s[0] = r_low * e[1];
+  s[1] = r_low * e[0];
+  s[2] = r_high * e[3];
+  s[3] = r_high * e[2];
+}
+
 // kGeneral: with biases, and for SwiGLU and swiglu_oai with a limit. The common case carries no code for them.
-template <int kColumns, int kBox, int kBuffers, ActivationKind K, bool kGeneral> struct ActivationEpilogue {
+template <int kColumns, int kBox, int kBuffers, ActivationKind K, bool kGeneral>
+struct ActivationEpilogue {
   static constexpr bool kGated = Activation{K}.gated(), kNarrow = false;
-  static constexpr int kWidth = kGated ? kColumns / 2 : kColumns;   // columns of H in a tile
-  static constexpr int kUp = kGated ? kColumns / 4 : 0;             // first accumulator of the up plane
+  static constexpr int kWidth = kGated ? kColumns / 2 : kColumns;  // columns of H in a tile
+  static constexpr int kUp = kGated ? kColumns / 4 : 0;            // first accumulator of the up plane
   using Store = RowStore<kBox, kBuffers>;
 
   struct Params {
-    CUtensorMap h, a;          // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n]
+    CUtensorMap h, a;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n]
     ConstBias b_gate, b_up;
     int n;
     bool store_h, store_a;
@@ -43,24 +57,26 @@ template <int kColumns, int kBox, int kBuffers, ActivationKind K, bool kGeneral>
         box(up, &p.h, column, row, rows, kGated ? 1 : 0);
       }
       if (p.store_a) {
-        const float alpha = p.alpha, limit = kGeneral ? p.limit : 0.f;
         out.acquire();
-#pragma unroll
-        for (int j = 0; j < kBox / 8; j += 2) {
-          uint32_t r[4];
-#pragma unroll
-          for (int q = 0; q < 4; q++) {
-            const int i = 4 * j + 2 * q;
-            r[q] = pack(activate<K>(gate[i], up[i], alpha, limit).a, activate<K>(gate[i + 1], up[i + 1], alpha, limit).a);
-          }
-          out.put(j, r[0], r[1], r[2], r[3]);
-        }
+        out.put([&](int i) { return activated(gate + i, up + i); });
         out.publish(&p.a, column, row, rows, 0);
       }
     }
   }
 
  private:
+  DEV uint2 activated(const float* gate, const float* up) const {
+    float a[4];
+    if constexpr (K == ActivationKind::SwiGLU && !kGeneral) {
+      sigmoid4(gate, a);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] *= gate[i] * up[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = activate<K>(gate[i], up[i], p.alpha, p.limit).a;
+    }
+    return make_uint2(pack(a[0], a[1]), pack(a[2], a[3]));
+  }
   DEV void add_bias(float* f, const ConstBias& b, int expert, int column) const {
 #pragma unroll
     for (int i = 0; i < kBox / 2; i += 4)
@@ -73,11 +89,7 @@ template <int kColumns, int kBox, int kBuffers, ActivationKind K, bool kGeneral>
   }
   DEV void box(const float* f, const CUtensorMap* map, int column, int row, int rows, int plane) {
     out.acquire();
-#pragma unroll
-    for (int j = 0; j < kBox / 8; j += 2) {
-      const float* g = f + 4 * j;
-      out.put(j, pack(g[0], g[1]), pack(g[2], g[3]), pack(g[4], g[5]), pack(g[6], g[7]));
-    }
+    out.put([&](int i) { return make_uint2(pack(f[i], f[i + 1]), pack(f[i + 2], f[i + 3])); });
     out.publish(map, column, row, rows, plane);
   }
 };

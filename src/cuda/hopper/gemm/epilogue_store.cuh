@@ -5,14 +5,16 @@
 
 namespace machmoe::cuda::hopper {
 
-template <int kColumns, int kBox, int kBuffers, bool kScaled> struct StoreEpilogue {
+template <int kColumns, int kBox_, int kBuffers, bool kScaled>
+struct StoreEpilogue {
   static constexpr bool kNarrow = true;
+  static constexpr int kBox = kBox_;
   using Store = RowStore<kBox, kBuffers>;
 
   struct Params {
-    CUtensorMap y;             // ragged_store_map of [R_cap, 1, d]
+    CUtensorMap y;  // ragged_store_map of [R_cap, 1, d]
     int d;
-    const float* score;        // [R_cap], null: 1
+    const float* score;  // [R_cap], null: 1
     ConstBias b2;
   };
   const Params& p;
@@ -34,20 +36,13 @@ template <int kColumns, int kBox, int kBuffers, bool kScaled> struct StoreEpilog
       const int column = column0 + c * kBox;
       if (column >= p.d) break;
       out.acquire();
-#pragma unroll
-      for (int j = 0; j < kBox / 8; j += 2) {
-        const float* f = acc + c * (kBox / 2) + 4 * j;
-        if constexpr (kScaled) {
-          float b[4] = {};
-          if (p.b2.base)
-#pragma unroll
-            for (int i = 0; i < 4; i++) b[i] = bias_at(p.b2, t.expert, column + 8 * (j + (i >> 1)) + 2 * (out.lane % 4) + (i & 1), p.d);
-          out.put(j, pack(low * (f[0] + b[0]), low * (f[1] + b[1])), pack(high * (f[2] + b[0]), high * (f[3] + b[1])),
-                  pack(low * (f[4] + b[2]), low * (f[5] + b[3])), pack(high * (f[6] + b[2]), high * (f[7] + b[3])));
-        } else {
-          out.put(j, pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
-        }
-      }
+      const float* f = acc + c * (kBox / 2);
+      out.put([&](int i) {
+        if constexpr (!kScaled) return make_uint2(pack(f[i], f[i + 1]), pack(f[i + 2], f[i + 3]));
+        const int at = column + 2 * i + 2 * (out.lane % 4);
+        const float b0 = p.b2.base ? bias_at(p.b2, t.expert, at, p.d) : 0.f, b1 = p.b2.base ? bias_at(p.b2, t.expert, at + 1, p.d) : 0.f;
+        return make_uint2(pack(low * (f[i] + b0), low * (f[i + 1] + b1)), pack(high * (f[i + 2] + b0), high * (f[i + 3] + b1)));
+      });
       out.publish(&p.y, column, row, rows, 0);
     }
   }

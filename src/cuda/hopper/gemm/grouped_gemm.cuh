@@ -11,9 +11,9 @@ namespace machmoe::cuda::hopper {
 
 // Rows past the last one of all experts, to be zeroed by warps that the loader leaves idle.
 struct UnusedRows {
-  uint4* data = nullptr;       // [R_cap, chunks], null: leave them
-  const int* rows = nullptr;   // R
-  int R_cap = 0, chunks = 0;   // 16-byte chunks of a row
+  uint4* data = nullptr;      // [R_cap, chunks], null: leave them
+  const int* rows = nullptr;  // R
+  int R_cap = 0, chunks = 0;  // 16-byte chunks of a row
 
   DEV void zero(int thread, int threads) const {
     const size_t end = static_cast<size_t>(R_cap) * chunks;
@@ -21,7 +21,8 @@ struct UnusedRows {
   }
 };
 
-template <class Loader, class Epilogue> struct GroupedGemmParams {
+template <class Loader, class Epilogue>
+struct GroupedGemmParams {
   WalkStep step;
   WeightTiles weights;
   typename Loader::Params rows;
@@ -30,7 +31,8 @@ template <class Loader, class Epilogue> struct GroupedGemmParams {
   int k_blocks;
 };
 
-template <class Schedule, class Epilogue> constexpr int grouped_gemm_smem() {
+template <class Schedule, class Epilogue>
+constexpr int grouped_gemm_smem() {
   using R = typename Schedule::R;
   constexpr int kBytes = R::kBytes + 8 * Epilogue::Store::kWarpBytes + R::kControlBytes;
   static_assert(kBytes <= kMaxSharedBytes);
@@ -38,7 +40,8 @@ template <class Schedule, class Epilogue> constexpr int grouped_gemm_smem() {
 }
 
 template <class Schedule, class Loader, class Epilogue>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) grouped_gemm(const __grid_constant__ GroupedGemmParams<Loader, Epilogue> p) {
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
+    grouped_gemm(const __grid_constant__ GroupedGemmParams<Loader, Epilogue> p) {
   using R = typename Schedule::R;
   extern __shared__ __align__(1024) uint8_t smem[];
   const uint32_t stages = smem_u32(smem), staging = stages + R::kBytes;
@@ -59,10 +62,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) gro
     const int w = warpgroup - 1, warp = tid / 32, lane = tid % 32;
     Epilogue epilogue(p.epilogue, staging + (w * 4 + warp) * Epilogue::Store::kWarpBytes, lane);
     if (Schedule::kStride == 2 && w == 1) first.advance(p.step);
-    Schedule::template consume<Epilogue, Loader::kProxyFence>(ring, epilogue, !walk_ended(first, tiles), w, warp, lane, p.k_blocks);
+    Schedule::template consume<Epilogue, Loader::kProxyFence>(ring, epilogue, !ended(first, tiles), w, warp, lane, p.k_blocks);
     epilogue.finish();
   }
-  cluster_sync();   // no CTA leaves while its peer may still arrive here
+  cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
 
 }  // namespace machmoe::cuda::hopper

@@ -7,82 +7,85 @@ namespace machmoe::cuda::hopper {
 // B is two halves of kColumns / 2 weight rows: gate and up, or the first and the second half of the same rows. In a cluster on one expert
 // CTA r fetches half r and multicasts it.
 struct WeightTiles {
-  CUtensorMap half[2];   // {K, rows, E}, box {64, kColumns / 2, 1}; rows past the end are zero
-  int step, second;      // rows from one column tile to the next; first row of half 1 within a tile
+  CUtensorMap half[2];  // {K, rows, E}, box {64, kColumns / 2, 1}; rows past the end are zero
+  int step, second;     // rows from one column tile to the next; first row of half 1 within a tile
 
-  template <class R> DEV void load(const R& ring, int s, int k, const ClusterTile& t, int rank) const {
+  template <class R>
+  DEV void load(const R& ring, int s, int k, const ClusterTile& t, int rank) const {
     constexpr int kHalfBytes = R::kBBytes / 2;
     const int row = t.column * step;
-    if (t.shared) {
-      tma_load_3d_mc(ring.b(s) + rank * kHalfBytes, &half[rank], ring.full(s), k * kBlockK, row + rank * second, t.expert, 3);
+    if (t.shared()) {
+      tma_load_3d_mc(ring.b(s) + rank * kHalfBytes, &half[rank], ring.full(s), k * kBlockK, row + rank * second, t.work.x, 3);
     } else {
-      tma_load_3d(ring.b(s), &half[0], ring.full(s), k * kBlockK, row, t.expert);
-      tma_load_3d(ring.b(s) + kHalfBytes, &half[1], ring.full(s), k * kBlockK, row + second, t.expert);
+      tma_load_3d(ring.b(s), &half[0], ring.full(s), k * kBlockK, row, t.work.x);
+      tma_load_3d(ring.b(s) + kHalfBytes, &half[1], ring.full(s), k * kBlockK, row + second, t.work.x);
     }
   }
 };
 
-// Where a producer stands in the list: the walk is that of the next tile.
+// Where a producer stands in the list: `at` is the next tile.
 struct Walker {
   const WalkStep& step;
   TileWalk at;
   int tiles, rank;
 
-  // The next tile; then `ahead` tells whether a tile follows it at a distance of kStride.
-  DEV ClusterTile next() const { return cluster_tile(at, step, tiles, rank); }
-  template <int kStride> DEV bool ahead() const {
+  DEV ClusterTile tile() const { return {at, step, tiles, rank}; }
+  // A tile follows the next one at a distance of kStride - 1.
+  template <int kStride>
+  DEV bool ahead() const {
     TileWalk later = at;
     for (int i = 1; i < kStride; i++) later.advance(step);
-    return !walk_ended(later, tiles);
+    return !ended(later, tiles);
   }
 };
 
 // Rows gathered by token, by cp.async of all 128 producer threads: 16-byte chunk tid % 8 of the rows tid / 8 + 16 i.
 struct GatherRows {
   struct Params {
-    const uint4* x;      // [T, chunks] of 16 bytes
-    const int* token;    // row -> row of x; null: itself
+    const uint4* x;    // [T, chunks] of 16 bytes
+    const int* token;  // row -> row of x; null: itself
     int chunks;
   };
-  static constexpr int kArrivals = 129;     // 128 threads and the expected bytes
+  static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
   static constexpr int kRegisters = 56, kConsumerRegisters = 224;
-  static constexpr bool kProxyFence = true; // cp.async writes through the generic proxy
+  static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
-  template <class R, int kStride> DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  template <class R, int kStride>
+  DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
     constexpr int kRows = kTileRows / 16;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    uint32_t source[kRows];                 // chunks from x; past the expert's end those of its last row, which the store clips
-    auto prefetch = [&](const CtaTile& t) {
+    uint32_t source[kRows];  // rows of x; past the expert's end its last row, which the store clips
+    auto find = [&](const ClusterTile& t) {
       if (t.rows() <= 0) return;
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
-        const int row = min(t.row + tid / 8 + 16 * i, t.row_end - 1);
+        const int row = min(t.work.y + tid / 8 + 16 * i, t.work.z - 1);
         source[i] = p.token ? __ldg(p.token + row) : row;
       }
     };
     Slot<R> slot;
-    ClusterTile next = walk.next();
-    prefetch(next);
+    ClusterTile next = walk.tile();
+    find(next);
     while (next.valid()) {
       const ClusterTile t = next;
-      uint32_t src[kRows];
+      uint32_t src[kRows];  // 16-byte chunks from x
 #pragma unroll
       for (int i = 0; i < kRows; i++) src[i] = source[i] * p.chunks + tid % 8;
       walk.at.advance(walk.step);
-      next = walk.next();
-      prefetch(next);                       // lands during this tile
+      next = walk.tile();
+      find(next);  // lands during this tile
       const bool low = t.rows() > 0, high = t.rows() > 64;
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
         if (tid == 0) {
-          if (k == 0) ring.post(slot.stage, t, walk.ahead<kStride>());
+          if (k == 0) ring.post(slot.stage, t.posted(), walk.ahead<kStride>());
           mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes);
           weights.load(ring, slot.stage, k, t, walk.rank);
         }
         const uint32_t dst = dst0 + slot.stage * R::kABytes;
         const uint4* x = p.x + k * 8;
-        const int bytes = k * 8 + tid % 8 < p.chunks ? 16 : 0;   // columns past the row are zero
+        const int bytes = k * 8 + tid % 8 < p.chunks ? 16 : 0;  // columns past the row are zero
 #pragma unroll
         for (int i = 0; i < kRows; i++)
           if (i < kRows / 2 ? low : high) cp_async16_zfill(dst + i * 2048, x + src[i], bytes);
@@ -91,32 +94,34 @@ struct GatherRows {
       }
     }
   }
-
 };
 
 // Contiguous rows by tensor copies of one thread. Rows past the tile's end belong to the next expert: they are computed and clipped by the store.
 struct TmaRows {
-  struct Params { CUtensorMap map; };       // {K, R_cap}, box {64, 128}
+  struct Params {
+    CUtensorMap map;
+  };  // {K, R_cap}, box {64, 128}
   static constexpr int kArrivals = 1;
   static constexpr int kRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kProxyFence = false;
 
-  template <class R, int kStride> DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  template <class R, int kStride>
+  DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
     if (tid != 0) return;
     Slot<R> slot;
-    ClusterTile next = walk.next();
+    ClusterTile next = walk.tile();
     while (next.valid()) {
       const ClusterTile t = next;
       walk.at.advance(walk.step);
-      next = walk.next();
+      next = walk.tile();
       const bool any = t.rows() > 0;
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
-        if (k == 0) ring.post(slot.stage, t, walk.ahead<kStride>());
+        if (k == 0) ring.post(slot.stage, t.posted(), walk.ahead<kStride>());
         mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes + (any ? R::kABytes : 0));
         weights.load(ring, slot.stage, k, t, walk.rank);
-        if (any) tma_load_2d(ring.a(slot.stage), &p.map, ring.full(slot.stage), k * kBlockK, t.row);
+        if (any) tma_load_2d(ring.a(slot.stage), &p.map, ring.full(slot.stage), k * kBlockK, t.work.y);
         slot.advance();
       }
     }

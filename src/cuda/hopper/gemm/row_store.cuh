@@ -7,10 +7,11 @@
 
 namespace machmoe::cuda::hopper {
 
-template <int kBox, int kBuffers> struct RowStore {
+template <int kBox, int kBuffers>
+struct RowStore {
   static constexpr int kBufferBytes = kRaggedRows * kBox * 2, kWarpBytes = kBuffers * kBufferBytes;
 
-  uint32_t base;       // shared memory of this warp
+  uint32_t base;  // shared memory of this warp
   int lane, buffer = 0;
 
   // The next buffer, once its last store has been read.
@@ -18,9 +19,21 @@ template <int kBox, int kBuffers> struct RowStore {
     if (lane == 0) bulk_wait_read<kBuffers - 1>();
     __syncwarp();
   }
-  // Column blocks j and j + 1 (8 columns each): rows low and high of j, then of j + 1.
-  DEV void put(int j, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) const {
-    stmatrix_x4(base + buffer * kBufferBytes + matrix_offset<kBox>(lane, j), r0, r1, r2, r3);
+  // Fills the buffer. value(i) = what becomes of accumulators i .. i + 3 of the box, a block of 8 columns: packed pairs of the low and the high row.
+  template <class F>
+  DEV void put(F&& value) const {
+    const uint32_t box = base + buffer * kBufferBytes;
+#pragma unroll
+    for (int j = 0; j < kBox / 8; j += 2) {
+      const uint32_t at = box + matrix_offset<kBox>(lane, j);
+      const uint2 first = value(4 * j);
+      if (j + 1 < kBox / 8) {
+        const uint2 second = value(4 * j + 4);
+        stmatrix_x4(at, first.x, first.y, second.x, second.y);
+      } else {
+        stmatrix_x2(at, first.x, first.y);
+      }
+    }
   }
   // The first min(rows, 16) rows of the box to rows row .. of a ragged_store_map.
   DEV void publish(const CUtensorMap* map, int column, int row, int rows, int plane) {
@@ -33,7 +46,9 @@ template <int kBox, int kBuffers> struct RowStore {
     }
     buffer = buffer + 1 == kBuffers ? 0 : buffer + 1;
   }
-  DEV void finish() const { if (lane == 0) bulk_wait<0>(); }
+  DEV void finish() const {
+    if (lane == 0) bulk_wait<0>();
+  }
 };
 
 // b[e, column], 0 from `columns` on. The load keeps its place: gathered ahead the values of a tile would not fit into registers.

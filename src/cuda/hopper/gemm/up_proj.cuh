@@ -6,19 +6,21 @@
 
 namespace machmoe::cuda::hopper {
 
-template <class Schedule, class Epilogue> void launch_up_proj(const UpProjArgs& a, Stream stream) {
+template <class Schedule, class Epilogue>
+void launch_up_proj(const UpProjArgs& a, Stream stream) {
   using R = typename Schedule::R;
   const Shape& s = a.shape;
   const uint64_t d = s.d, n = s.n, E = s.E;
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   GroupedGemmParams<GatherRows, Epilogue> p{};
   int clusters = 0;
-  p.step = pair_walk(work, s.R_cap, s.E, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, num_sms(), clusters);
+  p.step = pair_step(work, s.R_cap, s.E, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, num_sms(), clusters);
   p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
   p.rows = {static_cast<const uint4*>(a.x), a.routing.token, static_cast<int>(s.d / 8)};
   const ConstWeight half[2] = {Epilogue::kGated ? a.w1_gate : a.w1_up, a.w1_up};
   for (int i = 0; i < 2; i++)
-    p.weights.half[i] = tensor_map<bf16>(half[i].base, {d, n, E}, {2ull * half[i].row_stride, 2ull * half[i].expert_stride}, {kBlockK, R::kColumns / 2, 1}, 128);
+    p.weights.half[i] =
+        tensor_map<bf16>(half[i].base, {d, n, E}, {2ull * half[i].row_stride, 2ull * half[i].expert_stride}, {kBlockK, R::kColumns / 2, 1}, 128);
   p.weights.step = Epilogue::kWidth;
   p.weights.second = Epilogue::kGated ? 0 : R::kColumns / 2;
   auto& e = p.epilogue;
@@ -35,7 +37,8 @@ template <class Schedule, class Epilogue> void launch_up_proj(const UpProjArgs& 
   launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
 }
 
-template <ActivationKind K> void up_proj_general(const UpProjArgs& a, Stream stream) {
+template <ActivationKind K>
+void up_proj_general(const UpProjArgs& a, Stream stream) {
   launch_up_proj<Cooperative<256, 4>, ActivationEpilogue<256, 64, 2, K, true>>(a, stream);
 }
 
