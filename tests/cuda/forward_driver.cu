@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <string>
@@ -350,7 +349,7 @@ std::vector<int> counts_of(const Named& q, bool random) {
 
 // Milliseconds: after 40 ms of rest (burst), and the mean of 100 ms after 150 ms of the same work (soaked: the power limit acts).
 struct Time { float burst, soaked; };
-Time time_of(const std::function<void()>& run) {
+template <class F> Time time_of(const F& run) {
   cudaEvent_t a, b;
   MACHMOE_CUDA_CALL(cudaEventCreate(&a));
   MACHMOE_CUDA_CALL(cudaEventCreate(&b));
@@ -415,7 +414,7 @@ bool perf(bool random, const char* only) {
     verify_down(q, verdict, 20000);
     const double flop = 2. * q.R * q.s.n * q.s.d / 1e9;
     printf("%-16s", named.name);
-    auto report = [&](double gflop, const std::function<void()>& run) {
+    auto report = [&](double gflop, const auto& run) {
       const Time t = time_of(run);
       printf(" | %.4f %4.0f %.4f %4.0f", t.burst, gflop / t.burst, t.soaked, gflop / t.soaked);
     };
