@@ -74,6 +74,17 @@ struct LaneSlots {
 };
 __device__ int64_t slot_of(int block, int i) { return int64_t{block} * kBlockSlots + threadIdx.x / 32 * kWarpSlots + i * 32 + threadIdx.x % 32; }
 
+// The lanes whose value, below 2^bits, is the same as this lane's: a ballot a bit, which is several times faster than match.any.
+__device__ inline unsigned same_value(int value, int bits) {
+  unsigned same = ~0u;
+  for (int b = 0; b < bits; b++) {
+    const bool set = value >> b & 1;
+    const unsigned lanes = __ballot_sync(~0u, set);
+    same &= set ? lanes : ~lanes;
+  }
+  return same;
+}
+
 template <class Id> __device__ LaneSlots count_slots(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
   m.counters.clear(p.E);
   LaneSlots slots;
@@ -84,11 +95,11 @@ template <class Id> __device__ LaneSlots count_slots(const SortParams& p, const 
     slots.expert[i] = id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;   // a negative id is a huge one
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bits = 32 - __clz(p.E);
 #pragma unroll
   for (int i = 0; i < kPerLane; i++) {
     const int e = slots.expert[i];
-    const unsigned same = __match_any_sync(~0u, e);
+    const unsigned same = same_value(e, bits);
     const int below = __popc(same & ((1u << lane) - 1)), before = e < p.E ? m.counters.at(e, warp) : 0;
     __syncwarp();
     if (below == 0 && e < p.E) m.counters.at(e, warp) = static_cast<uint8_t>(before + __popc(same));

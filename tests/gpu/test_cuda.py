@@ -1,6 +1,7 @@
 """The CUDA backend against the CPU backend: equal bits for routings, the numerics contract for the rest. Needs a Hopper GPU: ./dev python -m pytest tests/gpu"""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -227,5 +228,20 @@ def test_saved_bytes():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(RuntimeError, match="expected BF16"):
+    with pytest.raises(ValueError, match="expected torch.bfloat16"):
         machmoe.experts(*(torch.randn(s, device=CUDA) for s in ((4, 8), (2, 16, 8), (2, 8, 8))), torch.zeros(4, 1, device=CUDA, dtype=torch.int64), torch.ones(4, 1, device=CUDA))
+
+
+def test_a_thread_that_launched_nothing_before_finds_its_device():
+    v = on_gpu(leaves(300, 64, 64, 4, 2))
+    ids = torch.rand(300, 4).topk(2).indices.to(CUDA)
+    outputs = []
+
+    def forward():
+        outputs.append(machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]).detach().cpu())
+
+    forward()  # from here on torch has cached all the memory that another call needs
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+    assert torch.equal(*outputs)

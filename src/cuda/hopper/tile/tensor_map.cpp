@@ -16,6 +16,12 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
 
+void bind_context() {
+  int device = 0;
+  MACHMOE_CUDA_CALL(cudaGetDevice(&device));
+  MACHMOE_CUDA_CALL(cudaSetDevice(device));
+}
+
 }  // namespace
 
 CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::initializer_list<uint64_t> dims, std::initializer_list<uint64_t> strides,
@@ -26,8 +32,15 @@ CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::i
                                   : swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                   : CU_TENSOR_MAP_SWIZZLE_NONE;
   CUtensorMap map;
-  const CUresult result = encode(&map, type, static_cast<uint32_t>(dims.size()), const_cast<void*>(base), dims.begin(), strides.begin(), box.begin(), kDense,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto attempt = [&] {
+    return encode(&map, type, static_cast<uint32_t>(dims.size()), const_cast<void*>(base), dims.begin(), strides.begin(), box.begin(), kDense,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = attempt();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {   // a thread that has not launched anything yet: the runtime binds its context here
+    bind_context();
+    result = attempt();
+  }
   if (result != CUDA_SUCCESS)
     throw Error(Status::Backend, fmt::format("no tensor map of base {}, sizes {}, byte strides {}, box {} (driver error {}): base and strides must be "
                                              "multiples of 16 bytes", base, fmt::join(dims, " x "), fmt::join(strides, ", "), fmt::join(box, " x "),
