@@ -36,10 +36,11 @@ std::vector<uint8_t> normal(int64_t count, double deviation, bool bf16, uint32_t
 }
 
 struct Times {
-  double min, median;   // ms
+  double min, median;  // ms
 };
-template <class F> Times measure(int repeats, F&& f) {
-  f();   // page faults and oneDNN's primitives
+template <class F>
+Times measure(int repeats, F&& f) {
+  f();  // page faults and oneDNN's primitives
   std::vector<double> ms;
   for (int i = 0; i < repeats; i++) {
     const auto start = std::chrono::steady_clock::now();
@@ -56,8 +57,8 @@ void run(const Options& o) {
   const machmoe_dtype dtype = bf16 ? MACHMOE_BF16 : MACHMOE_F32;
   const machmoe::Layer layer({.dtype = dtype, .T = o.T, .d = o.d, .n = o.n, .E = o.E, .K = o.K});
   const int64_t nd = o.n * o.d;
-  auto x = normal(o.T * o.d, 1, bf16, 1), w1 = normal(o.E * 2 * nd, 1 / std::sqrt(double(o.d)), bf16, 2), w2 = normal(o.E * nd, 1 / std::sqrt(double(o.n)), bf16, 3),
-       d_o = normal(o.T * o.d, 1, bf16, 4), out = x, dx = x, dw1 = w1, dw2 = w2;
+  auto x = normal(o.T * o.d, 1, bf16, 1), w1 = normal(o.E * 2 * nd, 1 / std::sqrt(double(o.d)), bf16, 2),
+       w2 = normal(o.E * nd, 1 / std::sqrt(double(o.n)), bf16, 3), d_o = normal(o.T * o.d, 1, bf16, 4), out = x, dx = x, dw1 = w1, dw2 = w2;
   std::mt19937 engine(5);
   std::vector<int32_t> ids, experts(static_cast<size_t>(o.E));
   std::iota(experts.begin(), experts.end(), 0);

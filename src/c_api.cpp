@@ -18,7 +18,8 @@ namespace {
 thread_local std::string t_last_error;
 
 // Runs one call; whatever it throws becomes a status.
-template <class F> machmoe_status guarded(F&& f) noexcept {
+template <class F>
+machmoe_status guarded(F&& f) noexcept {
   try {
     t_last_error.clear();
     f();
@@ -36,12 +37,15 @@ template <class F> machmoe_status guarded(F&& f) noexcept {
 }
 
 // A descriptor as the caller knew it: the shorter ones of older versions are completed with zeros.
-template <class T> T read(const T* descriptor, const char* name) {
+template <class T>
+T read(const T* descriptor, const char* name) {
   MACHMOE_CHECK(descriptor, "{} is null, expected a descriptor", name);
   size_t size = 0;
   std::memcpy(&size, descriptor, sizeof size);
-  MACHMOE_CHECK(size > sizeof size, "{}.struct_size is {}, expected sizeof = {}: zero-initialise the descriptor and set struct_size", name, size, sizeof(T));
-  MACHMOE_SUPPORTED(size <= sizeof(T), "{}.struct_size is {}, expected at most {}: the caller was built against a newer machmoe, install that one", name, size, sizeof(T));
+  MACHMOE_CHECK(size > sizeof size, "{}.struct_size is {}, expected sizeof = {}: zero-initialise the descriptor and set struct_size", name, size,
+                sizeof(T));
+  MACHMOE_SUPPORTED(size <= sizeof(T), "{}.struct_size is {}, expected at most {}: the caller was built against a newer machmoe, install that one",
+                    name, size, sizeof(T));
   T copy{};
   std::memcpy(&copy, descriptor, size);
   return copy;
@@ -108,16 +112,18 @@ Weights weights_of(const machmoe_weights* weights) {
 
 void check_buffer(const Backend& backend, const void* buffer, const char* name) {
   const uintptr_t alignment = &backend == &cpu_backend() ? 16 : Workspace::kAlign;
-  MACHMOE_CHECK(reinterpret_cast<uintptr_t>(buffer) % alignment == 0, "{} is at {}, expected an address that is a multiple of {} bytes", name, fmt::ptr(buffer),
-                alignment);
+  MACHMOE_CHECK(reinterpret_cast<uintptr_t>(buffer) % alignment == 0, "{} is at {}, expected an address that is a multiple of {} bytes", name,
+                fmt::ptr(buffer), alignment);
 }
 void check_workspace(const Backend& backend, const void* workspace, size_t bytes, size_t needed) {
   if (bytes < needed)
-    throw Error(Status::WorkspaceTooSmall, fmt::format("workspace has {} bytes, expected {}: ask the *_workspace_bytes function of this call", bytes, needed));
+    throw Error(Status::WorkspaceTooSmall,
+                fmt::format("workspace has {} bytes, expected {}: ask the *_workspace_bytes function of this call", bytes, needed));
   MACHMOE_CHECK(workspace || needed == 0, "workspace is null, expected {} bytes", needed);
   check_buffer(backend, workspace, "workspace");
 }
-template <class T> T& out(T* pointer, const char* name) {
+template <class T>
+T& out(T* pointer, const char* name) {
   MACHMOE_CHECK(pointer, "{} is null, expected the address of the result", name);
   return *pointer;
 }
@@ -176,8 +182,8 @@ const char* machmoe_build_info(void) {
 #else
   static const char* const cuda = "no CUDA";
 #endif
-  static const std::string info =
-      fmt::format("machmoe {}.{}.{}, compiler {}, {}, {}", MACHMOE_VERSION_MAJOR, MACHMOE_VERSION_MINOR, MACHMOE_VERSION_PATCH, __VERSION__, cpu::gemm_description(), cuda);
+  static const std::string info = fmt::format("machmoe {}.{}.{}, compiler {}, {}, {}", MACHMOE_VERSION_MAJOR, MACHMOE_VERSION_MINOR,
+                                              MACHMOE_VERSION_PATCH, __VERSION__, cpu::gemm_description(), cuda);
   return info.c_str();
 }
 
@@ -203,18 +209,21 @@ machmoe_status machmoe_route_forward(const machmoe_route* route, void* workspace
   });
 }
 
-machmoe_status machmoe_route_backward(const machmoe_route* route, const machmoe_route_grad* grad, const machmoe_layer* layer, const machmoe_routing* routing,
-                                      int recompute, void* backward_workspace_buffer, void* stream) {
+machmoe_status machmoe_route_backward(const machmoe_route* route, const machmoe_route_grad* grad, const machmoe_layer* layer,
+                                      const machmoe_routing* routing, int recompute, void* backward_workspace_buffer, void* stream) {
   return guarded([&] {
     const Router r = router_of(route);
     const machmoe_route& p = r.route;
     const machmoe_route_grad g = read(grad, "grad");
-    TopkBackwardArgs args{p.T, p.E, p.K, r.kind, p.logits, r.dtype, p.ids, p.weights, p.counts, g.dweights, nullptr, 0, nullptr, 0, g.daux, g.dlogits};
+    TopkBackwardArgs args{p.T,      p.E,        p.K,     r.kind, p.logits, r.dtype, p.ids,  p.weights,
+                          p.counts, g.dweights, nullptr, 0,      nullptr,  0,       g.daux, g.dlogits};
     if (!g.dweights) {
       const Layer l = experts_layer(layer);
       MACHMOE_CHECK(l.shape.kind == RoutingKind::TopK && l.shape.T == p.T && l.shape.K == p.K && l.shape.E == p.E,
-                    "layer has (T, K, E) = ({}, {}, {}), expected the router's ({}, {}, {}) and TOPK routing", l.shape.T, l.shape.K, l.shape.E, p.T, p.K, p.E);
-      MACHMOE_CHECK((l.shape.dtype == DType::F64) == (r.dtype == DType::F64), "logits_dtype is {}, expected F64 with an F64 layer alone", p.logits_dtype);
+                    "layer has (T, K, E) = ({}, {}, {}), expected the router's ({}, {}, {}) and TOPK routing", l.shape.T, l.shape.K, l.shape.E, p.T,
+                    p.K, p.E);
+      MACHMOE_CHECK((l.shape.dtype == DType::F64) == (r.dtype == DType::F64), "logits_dtype is {}, expected F64 with an F64 layer alone",
+                    p.logits_dtype);
       MACHMOE_CHECK(backward_workspace_buffer || p.T == 0, "backward_workspace is null, expected that of the machmoe_backward that left dS");
       args.ds_parts = backward_ds_parts(l.backend, l.shape, recompute != 0, backward_workspace_buffer);
       args.parts = l.backend.ds_parts(l.shape);
@@ -249,17 +258,20 @@ machmoe_status machmoe_routing_from_topk(const machmoe_layer* layer, const void*
   return guarded([&] {
     const Layer l = routing_layer(layer);
     check_workspace(l.backend, workspace, bytes, l.backend.index_scratch(l.shape));
-    l.backend.index_topk({l.shape, ids, dtype_of(ids_dtype, "ids_dtype"), weights, dtype_of(weights_dtype, "weights_dtype"), order, routing_of(routing), workspace},
-                         {stream});
+    l.backend.index_topk(
+        {l.shape, ids, dtype_of(ids_dtype, "ids_dtype"), weights, dtype_of(weights_dtype, "weights_dtype"), order, routing_of(routing), workspace},
+        {stream});
   });
 }
 
-machmoe_status machmoe_routing_from_lists(const machmoe_layer* layer, const void* token_ids, const void* expert_ids, int32_t ids_dtype, const void* scores,
-                                          int32_t* order, const machmoe_routing* routing, void* workspace, size_t bytes, void* stream) {
+machmoe_status machmoe_routing_from_lists(const machmoe_layer* layer, const void* token_ids, const void* expert_ids, int32_t ids_dtype,
+                                          const void* scores, int32_t* order, const machmoe_routing* routing, void* workspace, size_t bytes,
+                                          void* stream) {
   return guarded([&] {
     const Layer l = routing_layer(layer);
     check_workspace(l.backend, workspace, bytes, l.backend.index_scratch(l.shape));
-    l.backend.index_lists({l.shape, token_ids, expert_ids, dtype_of(ids_dtype, "ids_dtype"), scores, order, routing_of(routing), workspace}, {stream});
+    l.backend.index_lists({l.shape, token_ids, expert_ids, dtype_of(ids_dtype, "ids_dtype"), scores, order, routing_of(routing), workspace},
+                          {stream});
   });
 }
 
@@ -274,7 +286,8 @@ machmoe_status machmoe_routing_complete(const machmoe_layer* layer, const machmo
 machmoe_status machmoe_rounded_capacity(int64_t T, int64_t E, int64_t K, int64_t tile, int32_t rule, int64_t* row_capacity) {
   return guarded([&] {
     constexpr int64_t kMax = int64_t{1} << 31;
-    MACHMOE_CHECK(T >= 0 && T < kMax && E >= 1 && E <= (int64_t{1} << 20) && K >= 1 && K <= E, "(T, E, K) is ({}, {}, {}), expected T >= 0 and 1 <= K <= E", T, E, K);
+    MACHMOE_CHECK(T >= 0 && T < kMax && E >= 1 && E <= (int64_t{1} << 20) && K >= 1 && K <= E,
+                  "(T, E, K) is ({}, {}, {}), expected T >= 0 and 1 <= K <= E", T, E, K);
     MACHMOE_CHECK(tile >= 1 && tile <= (int64_t{1} << 20), "tile is {}, expected 1 .. 2^20 rows", tile);
     MACHMOE_CHECK(rule >= MACHMOE_NR_F && rule <= MACHMOE_BALANCE_F, "rule is {}, expected a machmoe_rounding value", rule);
     const int64_t capacity = rounded_capacity(T, E, K, tile, static_cast<RoundingRule>(rule));
@@ -290,13 +303,14 @@ machmoe_status machmoe_token_round_workspace_bytes(const machmoe_layer* layer, s
   });
 }
 
-machmoe_status machmoe_token_round(const machmoe_layer* layer, const machmoe_token_round_options* options, const float* scores, const machmoe_routing* routing,
-                                   void* workspace, size_t bytes, void* stream) {
+machmoe_status machmoe_token_round(const machmoe_layer* layer, const machmoe_token_round_options* options, const float* scores,
+                                   const machmoe_routing* routing, void* workspace, size_t bytes, void* stream) {
   return guarded([&] {
     const Layer l = routing_layer(layer);
     const machmoe_token_round_options o = read(options, "options");
     check_workspace(l.backend, workspace, bytes, l.backend.token_round_scratch(l.shape));
-    l.backend.token_round({l.shape, o.K, o.tile, static_cast<RoundingRule>(o.rule), o.renormalize != 0, o.seed, scores, routing_of(routing), workspace}, {stream});
+    l.backend.token_round(
+        {l.shape, o.K, o.tile, static_cast<RoundingRule>(o.rule), o.renormalize != 0, o.seed, scores, routing_of(routing), workspace}, {stream});
   });
 }
 
@@ -308,12 +322,13 @@ machmoe_status machmoe_forward_workspace_bytes(const machmoe_layer* layer, size_
   });
 }
 
-machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing* routing, const machmoe_weights* weights, const machmoe_forward_io* io,
-                               void* workspace, size_t bytes, void* stream) {
+machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing* routing, const machmoe_weights* weights,
+                               const machmoe_forward_io* io, void* workspace, size_t bytes, void* stream) {
   return guarded([&] {
     const Layer l = experts_layer(layer);
     const machmoe_forward_io f = read(io, "io");
-    MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !f.addend, "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
+    MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !f.addend,
+                  "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
     check_workspace(l.backend, workspace, bytes, forward_workspace(l.backend, l.shape));
     forward(l.backend, {l.shape, routing_of(routing), weights_of(weights), f.x, f.addend, f.h, f.o, workspace}, {stream});
   });
@@ -326,18 +341,27 @@ machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int 
   });
 }
 
-machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routing* routing, const machmoe_weights* weights, const machmoe_backward_io* io,
-                                uint32_t phases, void* workspace, size_t bytes, void* stream) {
+machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routing* routing, const machmoe_weights* weights,
+                                const machmoe_backward_io* io, uint32_t phases, void* workspace, size_t bytes, void* stream) {
   return guarded([&] {
     const Layer l = experts_layer(layer);
     const machmoe_backward_io g = read(io, "io");
-    MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !g.addend, "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
-    MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)", phases);
+    MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !g.addend,
+                  "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
+    MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
+                  phases);
     check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.h == nullptr));
-    const WeightGrads grads{mutable_view(g.dw1_gate), mutable_view(g.dw1_up),  mutable_view(g.dw2), mutable_view(g.db1_gate), mutable_view(g.db1_up),
-                            mutable_view(g.db2),      dtype_of(g.grad_dtype, "io.grad_dtype"), g.accumulate != 0};
-    backward(l.backend, {l.shape, routing_of(routing), weights_of(weights), g.x, g.h, g.d_o, g.addend, g.dx, g.dscore, dtype_of(g.dscore_dtype, "io.dscore_dtype"),
-                         grads, phases, workspace},
+    const WeightGrads grads{mutable_view(g.dw1_gate),
+                            mutable_view(g.dw1_up),
+                            mutable_view(g.dw2),
+                            mutable_view(g.db1_gate),
+                            mutable_view(g.db1_up),
+                            mutable_view(g.db2),
+                            dtype_of(g.grad_dtype, "io.grad_dtype"),
+                            g.accumulate != 0};
+    backward(l.backend,
+             {l.shape, routing_of(routing), weights_of(weights), g.x, g.h, g.d_o, g.addend, g.dx, g.dscore,
+              dtype_of(g.dscore_dtype, "io.dscore_dtype"), grads, phases, workspace},
              {stream});
   });
 }

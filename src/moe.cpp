@@ -13,20 +13,20 @@ void* take_with_slack(Workspace& ws, int64_t rows, size_t pitch) {
 }
 
 struct ForwardBuffers {
-  void *a, *y;   // [R_cap, n], [R_cap, d]
+  void *a, *y;  // [R_cap, n], [R_cap, d]
 };
 ForwardBuffers book_forward(const Shape& s, Workspace& ws) {
   const size_t row = static_cast<size_t>(s.R_cap) * size_of(s.dtype);
   void* a = ws.take(row * s.n);
-  void* y = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);   // Rows: Y is the output
+  void* y = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);  // Rows: Y is the output
   return {a, y};
 }
 
 struct BackwardBuffers {
-  void* ds_parts;        // [parts][R_cap]
-  void *dh, *a_prime;    // [R_cap, planes, n], [R_cap, n]
-  void* dx_rows;         // [R_cap, d]
-  void* h;               // recompute only
+  void* ds_parts;      // [parts][R_cap]
+  void *dh, *a_prime;  // [R_cap, planes, n], [R_cap, n]
+  void* dx_rows;       // [R_cap, d]
+  void* h;             // recompute only
 };
 BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, Workspace& ws) {
   const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
@@ -88,22 +88,17 @@ void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
     }
     b.down_proj_bwd({p.shape, p.routing, p.d_o, w.w2, w.b2, h, buf.dh, buf.a_prime, buf.ds_parts}, stream);
   }
-  if ((p.phases & kPhaseWeight) && g.dw2.base)
-    b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate}, stream);
+  if ((p.phases & kPhaseWeight) && g.dw2.base) b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate}, stream);
   void* dx_rows = rows ? p.dx : buf.dx_rows;
   if ((p.phases & kPhaseInput) && p.dx) b.up_proj_bwd({p.shape, p.routing, buf.dh, w.w1_gate, w.w1_up, dx_rows}, stream);
   if (p.phases & kPhaseWeight) {
-    if (g.dw1_up.base)
-      b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate}, stream);
-    if (g.db1_up.base || g.db2.base)
-      b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
+    if (g.dw1_up.base) b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate}, stream);
+    if (g.db1_up.base || g.db2.base) b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
   }
   if (p.phases & kPhaseInput) {
     const ScoreGradArgs score{p.shape, p.routing, buf.ds_parts, b.ds_parts(p.shape), p.dscore, p.dscore_dtype};
-    if (p.dx && !rows)
-      b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx, score}, stream);
-    else if (p.dscore)
-      b.score_grad(score, stream);
+    if (p.dx && !rows) b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx, score}, stream);
+    else if (p.dscore) b.score_grad(score, stream);
   }
 }
 

@@ -5,21 +5,21 @@
 namespace machmoe {
 
 struct Weights {
-  ConstWeight w1_gate, w1_up;   // [E, n, d] each; plain activations: w1_up alone
-  ConstWeight w2;               // [E, d, n]
-  ConstBias b1_gate, b1_up;     // [E, n]
-  ConstBias b2;                 // [E, d]
+  ConstWeight w1_gate, w1_up;  // [E, n, d] each; plain activations: w1_up alone
+  ConstWeight w2;              // [E, d, n]
+  ConstBias b1_gate, b1_up;    // [E, n]
+  ConstBias b2;                // [E, d]
 };
 
 struct ForwardArgs {
   Shape shape;
   Routing routing;
   Weights weights;
-  const void* x;                // [T, d]
-  const void* addend;           // [T, d] or null (residual, shared expert)
-  void* h;                      // [R_cap, planes, n] saved for the backward; null: inference or recompute
-  void* o;                      // [T, d]
-  void* workspace;              // forward_workspace() bytes
+  const void* x;       // [T, d]
+  const void* addend;  // [T, d] or null (residual, shared expert)
+  void* h;             // [R_cap, planes, n] saved for the backward; null: inference or recompute
+  void* o;             // [T, d]
+  void* workspace;     // forward_workspace() bytes
 };
 size_t forward_workspace(const Backend&, const Shape&);
 void forward(const Backend&, const ForwardArgs&, Stream);
@@ -29,9 +29,9 @@ void forward(const Backend&, const ForwardArgs&, Stream);
 enum Phase : uint32_t { kPhaseActivation = 1, kPhaseWeight = 2, kPhaseInput = 4, kPhaseAll = 7 };
 
 struct WeightGrads {
-  MutableWeight dw1_gate, dw1_up, dw2;   // base null: not wanted
+  MutableWeight dw1_gate, dw1_up, dw2;  // base null: not wanted
   MutableBias db1_gate, db1_up, db2;
-  DType dtype = DType::BF16;             // Shape::dtype or F32
+  DType dtype = DType::BF16;  // Shape::dtype or F32
   bool accumulate = false;
 };
 
@@ -39,16 +39,16 @@ struct BackwardArgs {
   Shape shape;
   Routing routing;
   Weights weights;
-  const void* x;                // [T, d]
-  const void* h;                // [R_cap, planes, n]; null: rebuilt from x (recompute)
-  const void* d_o;              // [T, d]
-  const void* addend;           // [T, d] added to dX, or null (the router's dX)
-  void* dx;                     // [T, d], null: not wanted
-  void* dscore;                 // TopK [T, K], else [R_cap]; null: not wanted; written in phase Input, with or without dx
+  const void* x;       // [T, d]
+  const void* h;       // [R_cap, planes, n]; null: rebuilt from x (recompute)
+  const void* d_o;     // [T, d]
+  const void* addend;  // [T, d] added to dX, or null (the router's dX)
+  void* dx;            // [T, d], null: not wanted
+  void* dscore;        // TopK [T, K], else [R_cap]; null: not wanted; written in phase Input, with or without dx
   DType dscore_dtype;
   WeightGrads grads;
   uint32_t phases;
-  void* workspace;              // backward_workspace() bytes
+  void* workspace;  // backward_workspace() bytes
 };
 size_t backward_workspace(const Backend&, const Shape&, bool recompute);
 void backward(const Backend&, const BackwardArgs&, Stream);

@@ -20,32 +20,34 @@ void require_rows(const void* pointer, int64_t elements, const char* name) {
   if (elements > 0) require(pointer, name);
 }
 
-template <class View> void check_matrix(const View& w, int64_t rows, int64_t cols, const char* name) {
+template <class View>
+void check_matrix(const View& w, int64_t rows, int64_t cols, const char* name) {
   require(w.base, name);
   MACHMOE_CHECK(w.row_stride >= cols, "{}.row_stride is {}, expected at least its {} columns: strides count elements", name, w.row_stride, cols);
   MACHMOE_CHECK(w.expert_stride >= (rows - 1) * w.row_stride + cols, "{}.expert_stride is {}, expected at least {} for {} rows of stride {}", name,
                 w.expert_stride, (rows - 1) * w.row_stride + cols, rows, w.row_stride);
 }
-template <class View> void check_bias(const View& b, int64_t cols, const char* name) {
+template <class View>
+void check_bias(const View& b, int64_t cols, const char* name) {
   if (!b.base) return;
   MACHMOE_CHECK(b.stride >= 1, "{}.stride is {}, expected at least 1", name, b.stride);
   MACHMOE_CHECK(b.expert_stride >= (cols - 1) * b.stride + 1, "{}.expert_stride is {}, expected at least {} for {} columns of stride {}", name,
                 b.expert_stride, (cols - 1) * b.stride + 1, cols, b.stride);
 }
-template <class View> void check_w1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
+template <class View>
+void check_w1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
   check_matrix(up, s.n, s.d, up_name);
-  if (s.act.gated())
-    check_matrix(gate, s.n, s.d, gate_name);
-  else
-    MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its weight as {}", gate_name, up_name);
+  if (s.act.gated()) check_matrix(gate, s.n, s.d, gate_name);
+  else MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its weight as {}", gate_name, up_name);
 }
-template <class View> void check_b1(const Shape& s, const View& gate, const View& up) {
+template <class View>
+void check_b1(const Shape& s, const View& gate, const View& up) {
   check_bias(up, s.n, "b1_up");
   check_bias(gate, s.n, "b1_gate");
   if (s.act.gated())
-    MACHMOE_CHECK(!gate.base == !up.base, "b1_gate is {} and b1_up is {}, expected both or none", gate.base ? "given" : "null", up.base ? "given" : "null");
-  else
-    MACHMOE_CHECK(!gate.base, "b1_gate is given, expected none: this activation has no gate, pass its bias as b1_up");
+    MACHMOE_CHECK(!gate.base == !up.base, "b1_gate is {} and b1_up is {}, expected both or none", gate.base ? "given" : "null",
+                  up.base ? "given" : "null");
+  else MACHMOE_CHECK(!gate.base, "b1_gate is given, expected none: this activation has no gate, pass its bias as b1_up");
 }
 
 void check_routing(const Shape& s, const Routing& r) {
@@ -83,7 +85,8 @@ void validate_routing(const Shape& s) {
                 static_cast<int>(s.dtype));
   MACHMOE_CHECK(s.T >= 0 && s.T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", s.T);
   MACHMOE_CHECK(s.E >= 1 && s.E <= (int64_t{1} << 20), "E is {}, expected 1 .. 2^20 experts", s.E);
-  MACHMOE_CHECK(s.R_cap >= 0 && s.R_cap <= kMaxIndex - kSlackRows, "row_capacity is {}, expected 0 .. 2^31 - {}: split the batch", s.R_cap, 1 + kSlackRows);
+  MACHMOE_CHECK(s.R_cap >= 0 && s.R_cap <= kMaxIndex - kSlackRows, "row_capacity is {}, expected 0 .. 2^31 - {}: split the batch", s.R_cap,
+                1 + kSlackRows);
   switch (s.kind) {
     case RoutingKind::TopK:
       MACHMOE_CHECK(s.K >= 1, "K is {}, expected at least 1 expert per token", s.K);
@@ -91,7 +94,9 @@ void validate_routing(const Shape& s) {
       MACHMOE_CHECK(s.R_cap == s.T * s.K, "row_capacity is {}, expected T K = {} with top-K routing", s.R_cap, s.T * s.K);
       return;
     case RoutingKind::Lists: return;
-    case RoutingKind::Rows: MACHMOE_CHECK(s.T == s.R_cap, "T is {}, expected row_capacity = {}: dispatched rows are their own tokens", s.T, s.R_cap); return;
+    case RoutingKind::Rows:
+      MACHMOE_CHECK(s.T == s.R_cap, "T is {}, expected row_capacity = {}: dispatched rows are their own tokens", s.T, s.R_cap);
+      return;
   }
   MACHMOE_CHECK(false, "routing_kind is {}, expected TOPK (0), LISTS (1) or ROWS (2)", static_cast<int>(s.kind));
 }
@@ -102,15 +107,18 @@ void validate(const Shape& s) {
                 static_cast<int>(s.act.kind));
   MACHMOE_CHECK(s.act.limit >= 0.f, "limit is {}, expected 0 (no clamp) or a positive number", s.act.limit);
   MACHMOE_CHECK(s.d >= 8 && s.d % 8 == 0 && s.d <= (int64_t{1} << 24), "d is {}, expected a multiple of 8 in 8 .. 2^24: pad the hidden size", s.d);
-  MACHMOE_CHECK(s.n >= 8 && s.n % 8 == 0 && s.n <= (int64_t{1} << 24), "n is {}, expected a multiple of 8 in 8 .. 2^24: pad the intermediate size", s.n);
+  MACHMOE_CHECK(s.n >= 8 && s.n % 8 == 0 && s.n <= (int64_t{1} << 24), "n is {}, expected a multiple of 8 in 8 .. 2^24: pad the intermediate size",
+                s.n);
 }
 
 void validate(const IndexTopkArgs& p) {
   validate_routing(p.shape);
-  MACHMOE_CHECK(p.shape.kind == RoutingKind::TopK, "routing_kind is {}, expected TOPK (0) for routing from top-K ids", static_cast<int>(p.shape.kind));
+  MACHMOE_CHECK(p.shape.kind == RoutingKind::TopK, "routing_kind is {}, expected TOPK (0) for routing from top-K ids",
+                static_cast<int>(p.shape.kind));
   MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
   MACHMOE_CHECK(is_float(p.weights_dtype), "weights_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(p.weights_dtype));
-  MACHMOE_CHECK(p.weights_dtype != DType::F64 || p.shape.dtype == DType::F64, "weights_dtype is F64, expected F32, BF16 or F16 with a layer that is not F64");
+  MACHMOE_CHECK(p.weights_dtype != DType::F64 || p.shape.dtype == DType::F64,
+                "weights_dtype is F64, expected F32, BF16 or F16 with a layer that is not F64");
   require_rows(p.ids, p.shape.R_cap, "ids");
   require_rows(p.weights, p.shape.R_cap, "weights");
   check_routing(p.shape, p.out);
@@ -134,7 +142,8 @@ void validate(const IndexRowsArgs& p) {
 void validate(const TokenRoundArgs& p) {
   validate_routing(p.shape);
   MACHMOE_CHECK(p.shape.dtype != DType::F64, "dtype is F64, expected F32 or BF16: token rounding works on fp32 scores");
-  MACHMOE_CHECK(p.rule >= RoundingRule::NrF && p.rule <= RoundingRule::BalanceF, "rule is {}, expected a machmoe_rounding value", static_cast<int>(p.rule));
+  MACHMOE_CHECK(p.rule >= RoundingRule::NrF && p.rule <= RoundingRule::BalanceF, "rule is {}, expected a machmoe_rounding value",
+                static_cast<int>(p.rule));
   MACHMOE_CHECK(p.K >= 1 && p.K <= p.shape.E, "K is {}, expected 1 .. E = {}", p.K, p.shape.E);
   MACHMOE_CHECK(p.tile >= 1 && p.tile <= (int64_t{1} << 20), "tile is {}, expected 1 .. 2^20 rows", p.tile);
   const int64_t capacity = rounded_capacity(p.shape.T, p.shape.E, p.K, p.tile, p.rule);

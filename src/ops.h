@@ -18,35 +18,38 @@ struct Routing {
   int32_t* counts = nullptr;         // [E]
   int32_t* offsets = nullptr;        // [E + 1] exclusive sum of counts
   int32_t* token_offsets = nullptr;  // [T + 1] Lists only: slots of a token
-  int32_t* inverse = nullptr;        // TopK [T K]: slot t K + k -> row, -1 if dropped. Lists [R_cap]: slots grouped by token, ascending row inside one token
-  int32_t* tiles = nullptr;          // CUDA work list (src/cuda/metadata.cu); null on the CPU
+  int32_t* inverse =
+      nullptr;               // TopK [T K]: slot t K + k -> row, -1 if dropped. Lists [R_cap]: slots grouped by token, ascending row inside one token
+  int32_t* tiles = nullptr;  // CUDA work list (src/cuda/metadata.cu); null on the CPU
 };
 
 // ---- routing metadata ---------------------------------------------------------------------------------------------------------
 // Stable counting sort of the slots by expert. Ids outside [0, E) are dropped (CPU: a negative id or a duplicate pair is an error).
 struct IndexTopkArgs {
   Shape shape;
-  const void* ids;       DType ids_dtype;       // [T, K] I32 or I64
-  const void* weights;   DType weights_dtype;   // [T, K] F32, BF16, F16 (F64 with fp64 data)
-  int32_t* order;                               // [R_cap] row -> slot, -1 past R; optional
+  const void* ids;
+  DType ids_dtype;  // [T, K] I32 or I64
+  const void* weights;
+  DType weights_dtype;  // [T, K] F32, BF16, F16 (F64 with fp64 data)
+  int32_t* order;       // [R_cap] row -> slot, -1 past R; optional
   Routing out;
-  void* scratch;                                // Backend::index_scratch(shape)
+  void* scratch;  // Backend::index_scratch(shape)
 };
 // The same from (token, expert, score) triples in any order; rows of one expert in ascending token order.
 struct IndexListsArgs {
   Shape shape;
-  const void* token_ids;                        // [R_cap] ids_dtype
-  const void* expert_ids;                       // [R_cap] ids_dtype; outside [0, E): dropped
-  DType ids_dtype;                              // I32 or I64
-  const void* scores;                           // [R_cap] accum; null: out.score is left alone
-  int32_t* order;                               // [R_cap] row -> list position, -1 past R; optional
+  const void* token_ids;   // [R_cap] ids_dtype
+  const void* expert_ids;  // [R_cap] ids_dtype; outside [0, E): dropped
+  DType ids_dtype;         // I32 or I64
+  const void* scores;      // [R_cap] accum; null: out.score is left alone
+  int32_t* order;          // [R_cap] row -> list position, -1 past R; optional
   Routing out;
   void* scratch;
 };
 // Rows and ready-made Routings: offsets (and the CUDA work list) from counts; Lists: also the inverse map from token.
 struct IndexRowsArgs {
   Shape shape;
-  Routing out;                                  // counts is the input
+  Routing out;  // counts is the input
   void* scratch;
 };
 
@@ -60,25 +63,29 @@ enum class RouterKind : int32_t {
 struct TopkArgs {
   int64_t T, E, K;
   RouterKind kind;
-  const void* logits;    DType logits_dtype;    // [T, E] F32, BF16, F16, F64
-  int32_t* ids;                                 // [T, K]
-  void* weights;                                // [T, K] fp32 (fp64 with fp64 logits)
-  int32_t* counts;                              // [E]
-  void* aux;                                    // [1] fp32 (fp64): load-balance loss E sum_e (counts_e / (T K)) mean_t softmax(logits)_te; optional
-  void* scratch;                                // Backend::topk_scratch
+  const void* logits;
+  DType logits_dtype;  // [T, E] F32, BF16, F16, F64
+  int32_t* ids;        // [T, K]
+  void* weights;       // [T, K] fp32 (fp64 with fp64 logits)
+  int32_t* counts;     // [E]
+  void* aux;           // [1] fp32 (fp64): load-balance loss E sum_e (counts_e / (T K)) mean_t softmax(logits)_te; optional
+  void* scratch;       // Backend::topk_scratch
 };
 struct TopkBackwardArgs {
   int64_t T, E, K;
   RouterKind kind;
-  const void* logits;    DType logits_dtype;
-  const int32_t* ids;                           // [T, K] from the forward
-  const void* weights;                          // [T, K] from the forward
-  const int32_t* counts;                        // [E]
-  const void* dweights;                         // [T, K] fp32 (fp64); null: taken from the parts below
-  const void* ds_parts;  int64_t parts;         // [parts][R_cap] accum, summed in order through `inverse` (layer: no launch of its own)
-  const int32_t* inverse; int64_t R_cap;        // [T K] slot -> row, -1 dropped
-  const void* daux;                             // [1] fp32 (fp64) on the device; null: no gradient from the load-balance loss
-  void* dlogits;                                // [T, E] logits_dtype
+  const void* logits;
+  DType logits_dtype;
+  const int32_t* ids;     // [T, K] from the forward
+  const void* weights;    // [T, K] from the forward
+  const int32_t* counts;  // [E]
+  const void* dweights;   // [T, K] fp32 (fp64); null: taken from the parts below
+  const void* ds_parts;
+  int64_t parts;  // [parts][R_cap] accum, summed in order through `inverse` (layer: no launch of its own)
+  const int32_t* inverse;
+  int64_t R_cap;     // [T K] slot -> row, -1 dropped
+  const void* daux;  // [1] fp32 (fp64) on the device; null: no gradient from the load-balance loss
+  void* dlogits;     // [T, E] logits_dtype
 };
 
 // ---- token rounding ----------------------------------------------------------------------------------------------------------
@@ -86,14 +93,14 @@ struct TopkBackwardArgs {
 // best-scoring tokens that had not chosen it added. Ties go to the lower expert id (top-K) and the lower token id (selection).
 // T < tile: plain top-K. Writes a complete Lists routing.
 struct TokenRoundArgs {
-  Shape shape;                                  // kind Lists, R_cap = rounded_capacity()
+  Shape shape;  // kind Lists, R_cap = rounded_capacity()
   int64_t K, tile;
   RoundingRule rule;
-  bool renormalize;                             // scores divided by their sum over the kept pairs of the token
-  uint64_t seed;                                // SrF, NrS
-  const float* scores;                          // [T, E] in [0, 1]
-  Routing out;                                  // every member, expert included
-  void* scratch;                                // Backend::token_round_scratch(shape)
+  bool renormalize;     // scores divided by their sum over the kept pairs of the token
+  uint64_t seed;        // SrF, NrS
+  const float* scores;  // [T, E] in [0, 1]
+  Routing out;          // every member, expert included
+  void* scratch;        // Backend::token_round_scratch(shape)
 };
 
 // ---- experts ------------------------------------------------------------------------------------------------------------------
@@ -101,91 +108,93 @@ struct TokenRoundArgs {
 struct UpProjArgs {
   Shape shape;
   Routing routing;
-  const void* x;                     // [T, d]
-  ConstWeight w1_gate, w1_up;        // [E, n, d] each; plain activations: w1_up alone
-  ConstBias b1_gate, b1_up;          // [E, n] each, base null: none
-  void* h;                           // [R_cap, planes, n], null: not stored
-  void* a;                           // [R_cap, n], null: not stored (recompute)
+  const void* x;               // [T, d]
+  ConstWeight w1_gate, w1_up;  // [E, n, d] each; plain activations: w1_up alone
+  ConstBias b1_gate, b1_up;    // [E, n] each, base null: none
+  void* h;                     // [R_cap, planes, n], null: not stored
+  void* a;                     // [R_cap, n], null: not stored (recompute)
 };
 // Y kernel: Y = A W2^T. Rows: Y = s (A W2^T + b2), and rows R .. R_cap - 1 of Y are zeroed.
 struct DownProjArgs {
   Shape shape;
   Routing routing;
-  const void* a;                     // [R_cap, n]
-  ConstWeight w2;                    // [E, d, n]
-  ConstBias b2;                      // [E, d], read here for Rows only
-  void* y;                           // [R_cap, d]
+  const void* a;   // [R_cap, n]
+  ConstWeight w2;  // [E, d, n]
+  ConstBias b2;    // [E, d], read here for Rows only
+  void* y;         // [R_cap, d]
 };
 // The final sum of dS over column tiles: TopK writes slot order [T, K] (0 for dropped slots), Lists and Rows row order [R_cap] (0 past R).
 struct ScoreGradArgs {
   Shape shape;
   Routing routing;
-  const void* ds_parts;  int64_t parts;   // [parts][R_cap] accum
-  void* dscore;          DType dscore_dtype;
+  const void* ds_parts;
+  int64_t parts;  // [parts][R_cap] accum
+  void* dscore;
+  DType dscore_dtype;
 };
 // O and dX kernels, TopK and Lists: out_t = addend_t + sum over the slots of t, in slot order, of (s) (y_row + b2_e).
 struct AggregateArgs {
   Shape shape;
   Routing routing;
-  const void* y;                     // [R_cap, d]
-  bool weighted;                     // true: O = sum s y; false: dX = sum y
-  ConstBias b2;                      // weighted only, base null: none
-  const void* addend;                // [T, d] dtype, null: none
-  void* out;                         // [T, d]
-  ScoreGradArgs score_grad;          // done beside the sum when dscore is not null
+  const void* y;             // [R_cap, d]
+  bool weighted;             // true: O = sum s y; false: dX = sum y
+  ConstBias b2;              // weighted only, base null: none
+  const void* addend;        // [T, d] dtype, null: none
+  void* out;                 // [T, d]
+  ScoreGradArgs score_grad;  // done beside the sum when dscore is not null
 };
 // dH kernel: dA' = gather(dO) W2; A = act(H); dS = <dA', A> + <dO, b2>; dH = act'(H) s dA'; A' = s A.
 struct DownProjBwdArgs {
   Shape shape;
   Routing routing;
-  const void* d_o;                   // [T, d]
-  ConstWeight w2;                    // [E, d, n]
-  ConstBias b2;                      // [E, d], base null: none
-  const void* h;                     // [R_cap, planes, n]
-  void* dh;                          // [R_cap, planes, n], kSlackRows mapped rows before it
-  void* a_prime;                     // [R_cap, n], likewise
-  void* ds_parts;                    // [Backend::ds_parts(shape)][R_cap] accum
+  const void* d_o;  // [T, d]
+  ConstWeight w2;   // [E, d, n]
+  ConstBias b2;     // [E, d], base null: none
+  const void* h;    // [R_cap, planes, n]
+  void* dh;         // [R_cap, planes, n], kSlackRows mapped rows before it
+  void* a_prime;    // [R_cap, n], likewise
+  void* ds_parts;   // [Backend::ds_parts(shape)][R_cap] accum
 };
 // dX~ kernel: dX~ = dH W1. Rows: rows R .. R_cap - 1 are zeroed.
 struct UpProjBwdArgs {
   Shape shape;
   Routing routing;
-  const void* dh;                    // [R_cap, planes, n]
-  ConstWeight w1_gate, w1_up;        // [E, n, d] each
-  void* dx_rows;                     // [R_cap, d]
+  const void* dh;              // [R_cap, planes, n]
+  ConstWeight w1_gate, w1_up;  // [E, n, d] each
+  void* dx_rows;               // [R_cap, d]
 };
 // Weight gradients (varlen-K: the rows of an expert are the reduction). Experts without rows get zeros, or keep the accumulator.
-struct WeightGradW2Args {            // dW2_e = gather(dO)^T A'
+struct WeightGradW2Args {  // dW2_e = gather(dO)^T A'
   Shape shape;
   Routing routing;
-  const void* d_o;                   // [T, d]
-  const void* a_prime;               // [R_cap, n], kSlackRows mapped rows before it
-  MutableWeight dw2;                 // [E, d, n] out_dtype
-  DType out_dtype;                   // dtype or F32
-  bool accumulate;                   // dw2 += ...
+  const void* d_o;      // [T, d]
+  const void* a_prime;  // [R_cap, n], kSlackRows mapped rows before it
+  MutableWeight dw2;    // [E, d, n] out_dtype
+  DType out_dtype;      // dtype or F32
+  bool accumulate;      // dw2 += ...
 };
-struct WeightGradW1Args {            // dW1_e = dH^T gather(X)
+struct WeightGradW1Args {  // dW1_e = dH^T gather(X)
   Shape shape;
   Routing routing;
-  const void* x;                     // [T, d]
-  const void* dh;                    // [R_cap, planes, n], kSlackRows mapped rows before it
-  MutableWeight dw1_gate, dw1_up;    // [E, n, d] each, out_dtype
+  const void* x;                   // [T, d]
+  const void* dh;                  // [R_cap, planes, n], kSlackRows mapped rows before it
+  MutableWeight dw1_gate, dw1_up;  // [E, n, d] each, out_dtype
   DType out_dtype;
   bool accumulate;
 };
-struct BiasGradArgs {                // db1_e = sum dH, db2_e = sum s dO; a null base skips that bias
+struct BiasGradArgs {  // db1_e = sum dH, db2_e = sum s dO; a null base skips that bias
   Shape shape;
   Routing routing;
-  const void* dh;                    // [R_cap, planes, n]
-  const void* d_o;                   // [T, d]
-  MutableBias db1_gate, db1_up;      // [E, n] each, out_dtype
-  MutableBias db2;                   // [E, d] out_dtype
+  const void* dh;                // [R_cap, planes, n]
+  const void* d_o;               // [T, d]
+  MutableBias db1_gate, db1_up;  // [E, n] each, out_dtype
+  MutableBias db2;               // [E, d] out_dtype
   DType out_dtype;
   bool accumulate;
 };
 
-void validate_routing(const Shape&);   // T, E, K, R_cap and kind: what routing metadata depends on
-void validate(const Shape&);           // ... and d, n, dtype, activation
+void validate_routing(const Shape&);  // T, E, K, R_cap and kind: what routing metadata depends on
+void validate(const Shape&);          // ... and d, n, dtype, activation
 void validate(const IndexTopkArgs&);
 void validate(const IndexListsArgs&);
 void validate(const IndexRowsArgs&);

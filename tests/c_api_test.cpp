@@ -58,7 +58,7 @@ struct Call {
   machmoe_layer layer = layer_of(p.shape);
   RoutingBuffer routing;
   WeightSet weights = weights_of(p);
-  Tensor h{DType::F32, static_cast<size_t>(p.shape.R_cap * 2 * p.shape.n)}, o{DType::F32, static_cast<size_t>(p.shape.T * p.shape.d)}, dx = o;
+  Tensor h{DType::F32, static_cast<size_t>(p.shape.R_cap * 2 * p.shape.n)}, o{DType::F32, static_cast<size_t>(p.shape.T*p.shape.d)}, dx = o;
   WeightSet grads = WeightSet::make(p.shape, p.c.layout, true, DType::F32);
   machmoe_forward_io forward{sizeof forward, p.x.data(), nullptr, h.data(), o.data()};
   machmoe_backward_io backward{};
@@ -72,7 +72,9 @@ struct Call {
     backward.dw1_gate = grads.views.w1_gate, backward.dw1_up = grads.views.w1_up, backward.dw2 = grads.views.w2;
     backward.db1_gate = grads.views.b1_gate, backward.db1_up = grads.views.b1_up, backward.db2 = grads.views.b2;
   }
-  machmoe_status run_forward() { return machmoe_forward(&layer, &routing.views, &weights.views, &forward, workspace.data(), workspace_bytes, nullptr); }
+  machmoe_status run_forward() {
+    return machmoe_forward(&layer, &routing.views, &weights.views, &forward, workspace.data(), workspace_bytes, nullptr);
+  }
   machmoe_status run_backward() {
     return machmoe_backward(&layer, &routing.views, &weights.views, &backward, MACHMOE_PHASE_ALL, workspace.data(), workspace_bytes, nullptr);
   }
@@ -108,7 +110,8 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
 TEST(CApi, PhasesAreASumOfTheThree) {
   Call c;
   for (uint32_t phases : {0u, 8u})
-    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_backward(&c.layer, &c.routing.views, &c.weights.views, &c.backward, phases, c.workspace.data(), c.workspace_bytes, nullptr));
+    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT,
+              machmoe_backward(&c.layer, &c.routing.views, &c.weights.views, &c.backward, phases, c.workspace.data(), c.workspace_bytes, nullptr));
   EXPECT_THAT(machmoe_last_error(), HasSubstr("phases is 8"));
 }
 

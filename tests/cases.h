@@ -17,12 +17,12 @@
 namespace machmoe::test {
 
 enum class Pattern {
-  Random,        // K different experts for each token
-  OneExpert,     // K = 1, every token to expert 1
-  EvenExperts,   // experts 1, 3, ... stay empty
-  TileEdges,     // K = 1; experts get 1, 127, 128, 129, 0, ... rows
-  Dropped,       // about a third of the ids is >= E, some tokens keep none
-  AllDropped,    // R = 0
+  Random,       // K different experts for each token
+  OneExpert,    // K = 1, every token to expert 1
+  EvenExperts,  // experts 1, 3, ... stay empty
+  TileEdges,    // K = 1; experts get 1, 127, 128, 129, 0, ... rows
+  Dropped,      // about a third of the ids is >= E, some tokens keep none
+  AllDropped,   // R = 0
 };
 enum class Layout { Concatenated, Interleaved, TwoTensors };
 
@@ -65,9 +65,16 @@ inline std::vector<Case> case_table() {
     for (int64_t n : {8, 72}) cases.push_back({.name = fmt::format("d{}n{}", d, n), .d = d, .n = n});
   using A = ActivationKind;
   // The clamps lie midway between two bf16 numbers: the saved H is then on the same side of them as H.
-  const std::pair<const char*, Activation> activations[] = {
-      {"SwiGLUClamped", {A::SwiGLU, 1.702f, 0.501953125f}}, {"SwiGLUOai", {A::SwiGLUOai, 1.702f, 7.f}}, {"SwiGLUOaiClamped", {A::SwiGLUOai, 1.702f, 0.701171875f}},
-      {"GeGLU", {A::GeGLU}}, {"ReGLU", {A::ReGLU}}, {"ReLU2", {A::ReLU2}}, {"ReLU", {A::ReLU}}, {"GELU", {A::GELU}}, {"GELUErf", {A::GELUErf}}, {"SiLU", {A::SiLU}}};
+  const std::pair<const char*, Activation> activations[] = {{"SwiGLUClamped", {A::SwiGLU, 1.702f, 0.501953125f}},
+                                                            {"SwiGLUOai", {A::SwiGLUOai, 1.702f, 7.f}},
+                                                            {"SwiGLUOaiClamped", {A::SwiGLUOai, 1.702f, 0.701171875f}},
+                                                            {"GeGLU", {A::GeGLU}},
+                                                            {"ReGLU", {A::ReGLU}},
+                                                            {"ReLU2", {A::ReLU2}},
+                                                            {"ReLU", {A::ReLU}},
+                                                            {"GELU", {A::GELU}},
+                                                            {"GELUErf", {A::GELUErf}},
+                                                            {"SiLU", {A::SiLU}}};
   for (const auto& [name, act] : activations) cases.push_back({.name = name, .act = act, .bias = true});
   return cases;
 }
@@ -79,7 +86,7 @@ class Tensor {
   Tensor(DType dtype, const std::vector<double>& values) : Tensor(dtype, values.size()) {
     for (size_t i = 0; i < values.size(); i++) set(i, values[i]);
   }
-  Tensor(DType dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype), std::byte{0xFF}) {}   // every element a NaN
+  Tensor(DType dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype), std::byte{0xFF}) {}  // every element a NaN
 
   void* data() { return bytes_.data(); }
   const void* data() const { return bytes_.data(); }
@@ -115,8 +122,14 @@ class Tensor {
   }
 
  private:
-  template <class T> T& at(size_t i) { return reinterpret_cast<T*>(bytes_.data())[i]; }
-  template <class T> const T& at(size_t i) const { return reinterpret_cast<const T*>(bytes_.data())[i]; }
+  template <class T>
+  T& at(size_t i) {
+    return reinterpret_cast<T*>(bytes_.data())[i];
+  }
+  template <class T>
+  const T& at(size_t i) const {
+    return reinterpret_cast<const T*>(bytes_.data())[i];
+  }
   DType dtype_ = DType::F32;
   std::vector<std::byte> bytes_;
 };
@@ -125,19 +138,19 @@ class Tensor {
 struct Pair {
   int64_t token, expert;
   double score;
-  int64_t slot;   // TopK: t K + k; Lists: list position; Rows: row
+  int64_t slot;  // TopK: t K + k; Lists: list position; Rows: row
 };
 
 // A case with data. Values are what the library reads: rounded to the layer's dtype, scores to fp32.
 struct Problem {
   Case c;
   Shape shape;
-  Tensor x, d_o, addend;                   // [T, d]
-  Tensor w1_gate, w1_up, w2;               // dense [E, n, d], [E, n, d], [E, d, n]
-  Tensor b1_gate, b1_up, b2;               // dense [E, n], [E, n], [E, d]; empty without bias
-  std::vector<int32_t> token_ids, expert_ids;   // TopK: expert_ids [T, K]; Lists: triples in shuffled order
-  Tensor scores;                           // [R_cap] beside expert_ids
-  std::vector<int32_t> counts;             // Rows
+  Tensor x, d_o, addend;                       // [T, d]
+  Tensor w1_gate, w1_up, w2;                   // dense [E, n, d], [E, n, d], [E, d, n]
+  Tensor b1_gate, b1_up, b2;                   // dense [E, n], [E, n], [E, d]; empty without bias
+  std::vector<int32_t> token_ids, expert_ids;  // TopK: expert_ids [T, K]; Lists: triples in shuffled order
+  Tensor scores;                               // [R_cap] beside expert_ids
+  std::vector<int32_t> counts;                 // Rows
   std::vector<Pair> pairs;
 };
 
@@ -147,7 +160,10 @@ class Random {
   double normal() { return normal_(engine_); }
   double uniform() { return uniform_(engine_); }
   int64_t below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
-  template <class V> void shuffle(V& v) { std::shuffle(v.begin(), v.end(), engine_); }
+  template <class V>
+  void shuffle(V& v) {
+    std::shuffle(v.begin(), v.end(), engine_);
+  }
   Tensor tensor(DType dtype, int64_t count, double deviation = 1) {
     std::vector<double> values(static_cast<size_t>(count));
     for (double& v : values) v = deviation * normal();
@@ -195,8 +211,15 @@ inline Problem make_problem(const Case& c, DType dtype, uint64_t seed = 1) {
   p.c = c;
   const int64_t capacity = c.T * c.K;
   const bool rows = c.kind == RoutingKind::Rows;
-  p.shape = {.T = rows ? capacity : c.T, .d = c.d, .n = c.n, .E = c.E, .K = c.kind == RoutingKind::TopK ? c.K : 0, .R_cap = capacity, .kind = c.kind,
-             .dtype = dtype, .act = c.act};
+  p.shape = {.T = rows ? capacity : c.T,
+             .d = c.d,
+             .n = c.n,
+             .E = c.E,
+             .K = c.kind == RoutingKind::TopK ? c.K : 0,
+             .R_cap = capacity,
+             .kind = c.kind,
+             .dtype = dtype,
+             .act = c.act};
   const Shape& s = p.shape;
   p.x = random.tensor(dtype, s.T * s.d);
   p.d_o = random.tensor(dtype, s.T * s.d);
@@ -213,10 +236,12 @@ inline Problem make_problem(const Case& c, DType dtype, uint64_t seed = 1) {
 
   std::vector<int32_t> ids = pattern_ids(c, random), tokens(ids.size());
   for (size_t i = 0; i < ids.size(); i++) tokens[i] = static_cast<int32_t>(static_cast<int64_t>(i) / c.K);
-  if (c.kind != RoutingKind::TopK) {   // Lists: any order; Rows: grouped by expert, dropped ones last
+  if (c.kind != RoutingKind::TopK) {  // Lists: any order; Rows: grouped by expert, dropped ones last
     std::vector<size_t> order(ids.size());
     std::iota(order.begin(), order.end(), size_t{0});
-    if (rows) std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::min<int64_t>(ids[a], c.E) < std::min<int64_t>(ids[b], c.E); });
+    if (rows)
+      std::stable_sort(order.begin(), order.end(),
+                       [&](size_t a, size_t b) { return std::min<int64_t>(ids[a], c.E) < std::min<int64_t>(ids[b], c.E); });
     else random.shuffle(order);
     std::vector<int32_t> moved_ids, moved_tokens;
     for (size_t i : order) moved_ids.push_back(ids[i]), moved_tokens.push_back(tokens[i]);

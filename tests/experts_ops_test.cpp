@@ -12,7 +12,7 @@ namespace {
 
 using cpu::GemmEngine;
 
-enum class Axis { Row, Token, Slot, Expert };   // what the leading dimension of an output counts
+enum class Axis { Row, Token, Slot, Expert };  // what the leading dimension of an output counts
 struct Output {
   Axis axis;
   Tensor values;
@@ -24,15 +24,17 @@ using Expected = std::map<std::string, std::vector<double>>;
 struct Inputs {
   Problem p;
   RoutingBuffer routing;
-  Tensor h, dh;          // [R_cap, planes, n]
-  Tensor a, a_prime;     // [R_cap, n]
-  Tensor y;              // [R_cap, d]
-  Tensor ds_parts;       // [kParts][R_cap]
+  Tensor h, dh;       // [R_cap, planes, n]
+  Tensor a, a_prime;  // [R_cap, n]
+  Tensor y;           // [R_cap, d]
+  Tensor ds_parts;    // [kParts][R_cap]
 
   static constexpr int64_t kParts = 3;
   int64_t rows() const { return routing.views.offsets[p.shape.E]; }
   int64_t token(int64_t row) const { return p.shape.kind == RoutingKind::Rows ? row : routing.views.token[row]; }
-  int64_t expert(int64_t row) const { return std::upper_bound(routing.views.offsets, routing.views.offsets + p.shape.E + 1, row) - routing.views.offsets - 1; }
+  int64_t expert(int64_t row) const {
+    return std::upper_bound(routing.views.offsets, routing.views.offsets + p.shape.E + 1, row) - routing.views.offsets - 1;
+  }
 };
 
 void make_inputs(const Case& c, DType dtype, Inputs& in) {
@@ -41,7 +43,7 @@ void make_inputs(const Case& c, DType dtype, Inputs& in) {
   const Shape& s = in.p.shape;
   Random random(7);
   in.h = random.tensor(dtype, s.R_cap * s.planes() * s.n);
-  for (size_t i = 0; i < in.h.size(); i++)   // the reference differentiates in steps of 1e-5: H keeps off the kink of ReLU
+  for (size_t i = 0; i < in.h.size(); i++)  // the reference differentiates in steps of 1e-5: H keeps off the kink of ReLU
     if (std::abs(in.h.get(i)) < 1e-4) in.h.set(i, 1e-4);
   in.dh = random.tensor(dtype, s.R_cap * s.planes() * s.n);
   in.a = random.tensor(dtype, s.R_cap * s.n);
@@ -58,7 +60,7 @@ MutableBias mutable_view(const machmoe_vector& v) { return {v.base, v.stride, v.
 struct RunOptions {
   GemmEngine engine = GemmEngine::OneDNN;
   int threads = 2;
-  std::optional<DType> grad_dtype = std::nullopt;   // else the layer's
+  std::optional<DType> grad_dtype = std::nullopt;  // else the layer's
   std::optional<double> accumulate_on = std::nullopt;
 };
 
@@ -81,16 +83,19 @@ Outputs run_ops(const Inputs& in, const RunOptions& o = {}) {
   };
   const auto per_row = [&](const char* name, int64_t width) { return fresh(name, Axis::Row, s.dtype, s.R_cap * width); };
 
-  backend.up_proj({s, r, in.p.x.data(), view(w.w1_gate), view(w.w1_up), view(w.b1_gate), view(w.b1_up), per_row("H", s.planes() * s.n), per_row("A", s.n)}, {});
+  backend.up_proj(
+      {s, r, in.p.x.data(), view(w.w1_gate), view(w.w1_up), view(w.b1_gate), view(w.b1_up), per_row("H", s.planes() * s.n), per_row("A", s.n)}, {});
   backend.down_proj({s, r, in.a.data(), view(w.w2), view(w.b2), per_row("Y", s.d)}, {});
   const size_t slack = static_cast<size_t>(kSlackRows * s.planes() * s.n) * size_of(s.dtype), dh_bytes = in.dh.size() * size_of(s.dtype);
   Buffer dh(slack + dh_bytes), a_prime(slack + dh_bytes);
   std::byte *dh_rows = static_cast<std::byte*>(dh.data()) + slack, *a_prime_rows = static_cast<std::byte*>(a_prime.data()) + slack;
-  backend.down_proj_bwd({s, r, in.p.d_o.data(), view(w.w2), view(w.b2), in.h.data(), dh_rows, a_prime_rows, fresh("dS part", Axis::Row, s.accum(), s.R_cap)}, {});
+  backend.down_proj_bwd(
+      {s, r, in.p.d_o.data(), view(w.w2), view(w.b2), in.h.data(), dh_rows, a_prime_rows, fresh("dS part", Axis::Row, s.accum(), s.R_cap)}, {});
   std::copy_n(dh_rows, dh_bytes, static_cast<std::byte*>(per_row("dH", s.planes() * s.n)));
   std::copy_n(a_prime_rows, in.a_prime.size() * size_of(s.dtype), static_cast<std::byte*>(per_row("A'", s.n)));
   backend.up_proj_bwd({s, r, in.dh.data(), view(w.w1_gate), view(w.w1_up), per_row("dX~", s.d)}, {});
-  const ScoreGradArgs score_grad{s, r, in.ds_parts.data(), Inputs::kParts, fresh("dS", rows_kind ? Axis::Row : Axis::Slot, s.accum(), s.R_cap), s.accum()};
+  const ScoreGradArgs score_grad{s,        r, in.ds_parts.data(), Inputs::kParts, fresh("dS", rows_kind ? Axis::Row : Axis::Slot, s.accum(), s.R_cap),
+                                 s.accum()};
   if (rows_kind) {
     backend.score_grad(score_grad, {});
   } else {
@@ -107,7 +112,8 @@ Outputs run_ops(const Inputs& in, const RunOptions& o = {}) {
   backend.weight_grad_w2({s, r, in.p.d_o.data(), in.a_prime.data(), mutable_view(g.w2), grad, accumulate}, {});
   backend.weight_grad_w1({s, r, in.p.x.data(), in.dh.data(), mutable_view(g.w1_gate), mutable_view(g.w1_up), grad, accumulate}, {});
   if (in.p.c.bias)
-    backend.bias_grad({s, r, in.dh.data(), in.p.d_o.data(), mutable_view(g.b1_gate), mutable_view(g.b1_up), mutable_view(g.b2), grad, accumulate}, {});
+    backend.bias_grad({s, r, in.dh.data(), in.p.d_o.data(), mutable_view(g.b1_gate), mutable_view(g.b1_up), mutable_view(g.b2), grad, accumulate},
+                      {});
   const auto keep = [&](const char* name, const machmoe_matrix& m, int64_t rows, int64_t cols) {
     if (m.base) out[name] = {Axis::Expert, gather(m, grad, s.E, rows, cols)};
   };
@@ -129,9 +135,9 @@ Expected expected_of(const Inputs& in) {
   const Shape& s = in.p.shape;
   const bool gated = s.act.gated(), bias = in.p.c.bias, rows_kind = s.kind == RoutingKind::Rows;
   const int64_t d = s.d, n = s.n, planes = s.planes();
-  const auto x = in.p.x.values(), d_o = in.p.d_o.values(), w2 = in.p.w2.values(), b2 = in.p.b2.values(), h = in.h.values(), dh = in.dh.values(), a = in.a.values(),
-             a_prime = in.a_prime.values(), y = in.y.values(), parts = in.ds_parts.values();
-  const std::vector<double> w1[] = {(gated ? in.p.w1_gate : in.p.w1_up).values(), in.p.w1_up.values()};   // by plane; the first one alone without gate
+  const auto x = in.p.x.values(), d_o = in.p.d_o.values(), w2 = in.p.w2.values(), b2 = in.p.b2.values(), h = in.h.values(), dh = in.dh.values(),
+             a = in.a.values(), a_prime = in.a_prime.values(), y = in.y.values(), parts = in.ds_parts.values();
+  const std::vector<double> w1[] = {(gated ? in.p.w1_gate : in.p.w1_up).values(), in.p.w1_up.values()};  // by plane; the first one alone without gate
   const std::vector<double> b1[] = {(gated ? in.p.b1_gate : in.p.b1_up).values(), in.p.b1_up.values()};
   const char* const dw1[] = {gated ? "dW1 gate" : "dW1 up", "dW1 up"};
   const char* const db1[] = {gated ? "db1 gate" : "db1 up", "db1 up"};
@@ -156,7 +162,8 @@ Expected expected_of(const Inputs& in) {
   double value = 0, d_gate = 0, d_up = 0;
   for (int64_t row = 0; row < in.rows(); row++) {
     const int64_t e = in.expert(row), t = in.token(row), slot = s.kind == RoutingKind::TopK ? in.routing.order[static_cast<size_t>(row)] : row;
-    const double score = s.accum() == DType::F64 ? static_cast<const double*>(in.routing.views.score)[row] : static_cast<const float*>(in.routing.views.score)[row];
+    const double score =
+        s.accum() == DType::F64 ? static_cast<const double*>(in.routing.views.score)[row] : static_cast<const float*>(in.routing.views.score)[row];
     const double *xt = &x[size_t(t * d)], *dot = &d_o[size_t(t * d)], *hr = &h[size_t(row * planes * n)], *dhr = &dh[size_t(row * planes * n)];
     double *H = &out["H"][size_t(row * planes * n)], *dH = &out["dH"][size_t(row * planes * n)], &ds = out["dS part"][size_t(row)];
     for (int64_t plane = 0; plane < planes; plane++)
@@ -231,7 +238,8 @@ std::string case_name(const testing::TestParamInfo<std::tuple<Case, DType>>& tes
   const char* const dtypes[] = {"F32", "BF16", "F16", "F64"};
   return std::get<0>(test.param).name + "_" + dtypes[static_cast<int>(std::get<1>(test.param))];
 }
-INSTANTIATE_TEST_SUITE_P(CaseTable, ExpertsOps, testing::Combine(testing::ValuesIn(case_table()), testing::Values(DType::F32, DType::BF16, DType::F64)), case_name);
+INSTANTIATE_TEST_SUITE_P(CaseTable, ExpertsOps,
+                         testing::Combine(testing::ValuesIn(case_table()), testing::Values(DType::F32, DType::BF16, DType::F64)), case_name);
 
 TEST(ExpertsOp, LayoutsOfW1AreBitEqual) {
   for (DType dtype : {DType::F32, DType::BF16})
@@ -250,7 +258,8 @@ TEST(ExpertsOp, LayoutsOfW1AreBitEqual) {
 TEST(ExpertsOp, LongReductionsMatch) {
   for (DType dtype : {DType::F32, DType::BF16}) {
     Inputs in;
-    ASSERT_NO_FATAL_FAILURE(make_inputs({.name = "Long", .T = 600, .d = 40, .n = 136, .E = 3, .K = 1, .pattern = Pattern::OneExpert, .bias = true}, dtype, in));
+    ASSERT_NO_FATAL_FAILURE(
+        make_inputs({.name = "Long", .T = 600, .d = 40, .n = 136, .E = 3, .K = 1, .pattern = Pattern::OneExpert, .bias = true}, dtype, in));
     for (const auto& [name, engine] : kEngines) {
       SCOPED_TRACE(name);
       expect_close(run_ops(in, {.engine = engine}), expected_of(in), tolerance(dtype));
@@ -298,7 +307,7 @@ TEST(ExpertsOp, ANanOrInfinityOfOneExpertReachesNoOther) {
         Inputs in;
         ASSERT_NO_FATAL_FAILURE(make_inputs(c, dtype, in));
         const auto owner = [&](Axis axis, size_t i) {
-          return axis == Axis::Row ? in.expert(int64_t(i)) : axis == Axis::Expert ? int64_t(i) : int64_t(in.p.expert_ids[i]);   // K = 1: slot = token
+          return axis == Axis::Row ? in.expert(int64_t(i)) : axis == Axis::Expert ? int64_t(i) : int64_t(in.p.expert_ids[i]);  // K = 1: slot = token
         };
         const auto poison = [&](Tensor& t, Axis axis) {
           const size_t width = t.size() / size_t(axis == Axis::Expert ? c.E : c.T);
@@ -313,7 +322,8 @@ TEST(ExpertsOp, ANanOrInfinityOfOneExpertReachesNoOther) {
           const size_t width = expected.size() / size_t(output.axis == Axis::Expert ? c.E : c.T);
           for (size_t i = 0; i < expected.size(); i++) {
             if (owner(output.axis, i / width) == poisoned) continue;
-            ASSERT_EQ(output.values.get(i), expected.get(i)) << name << " of expert " << owner(output.axis, i / width) << ", poisoned " << poisoned << ", " << engine_name;
+            ASSERT_EQ(output.values.get(i), expected.get(i))
+                << name << " of expert " << owner(output.axis, i / width) << ", poisoned " << poisoned << ", " << engine_name;
           }
         }
       }
@@ -330,8 +340,16 @@ TEST(ExpertsOp, HAndAAreOptional) {
     const WeightSet weights = weights_of(in.p);
     const machmoe_weights& w = weights.views;
     Tensor alone(s.dtype, both.at(store_h ? "H" : "A").values.size());
-    cpu_backend().up_proj({s, {v.token, v.expert, v.score, v.counts, v.offsets, v.token_offsets, v.inverse, nullptr}, in.p.x.data(), view(w.w1_gate), view(w.w1_up),
-                           view(w.b1_gate), view(w.b1_up), store_h ? alone.data() : nullptr, store_h ? nullptr : alone.data()}, {});
+    cpu_backend().up_proj({s,
+                           {v.token, v.expert, v.score, v.counts, v.offsets, v.token_offsets, v.inverse, nullptr},
+                           in.p.x.data(),
+                           view(w.w1_gate),
+                           view(w.w1_up),
+                           view(w.b1_gate),
+                           view(w.b1_up),
+                           store_h ? alone.data() : nullptr,
+                           store_h ? nullptr : alone.data()},
+                          {});
     EXPECT_TRUE(alone == both.at(store_h ? "H" : "A").values);
   }
 }

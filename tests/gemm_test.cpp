@@ -48,7 +48,8 @@ TEST(Gemm, MatchesTheDefinition) {
     for (GemmEngine engine : {GemmEngine::OneDNN, GemmEngine::Plain})
       for (GemmLayout layout : {GemmLayout::NT, GemmLayout::NN, GemmLayout::TN})
         for (bool accumulate : {false, true})
-          for (Extent x : {Extent{1, 1, 1}, {7, 5, 3}, {32, 8, 40}, {33, 65, 129}, {128, 72, 104}, {4, 3, 0}}) expect_product(layout, dtype, engine, accumulate, x);
+          for (Extent x : {Extent{1, 1, 1}, {7, 5, 3}, {32, 8, 40}, {33, 65, 129}, {128, 72, 104}, {4, 3, 0}})
+            expect_product(layout, dtype, engine, accumulate, x);
 }
 
 TEST(Gemm, EmptyProductsWriteNothing) {

@@ -44,10 +44,13 @@ struct WeightSet {
     return w;
   }
   void bind(const Shape& s, Layout layout) {
-    views = {.struct_size = sizeof(machmoe_weights), .w1_gate = {}, .w1_up = {}, .w2 = {w2.data(), s.n, s.d * s.n}, .b1_gate = {}, .b1_up = {}, .b2 = {}};
+    views = {
+        .struct_size = sizeof(machmoe_weights), .w1_gate = {}, .w1_up = {}, .w2 = {w2.data(), s.n, s.d * s.n}, .b1_gate = {}, .b1_up = {}, .b2 = {}};
     const bool bias = b2.size() > 0;
     if (bias) views.b2 = {b2.data(), 1, s.d};
-    const auto at = [](Tensor& t, int64_t i) { return static_cast<void*>(static_cast<std::byte*>(t.data()) + static_cast<size_t>(i) * size_of(t.dtype())); };
+    const auto at = [](Tensor& t, int64_t i) {
+      return static_cast<void*>(static_cast<std::byte*>(t.data()) + static_cast<size_t>(i) * size_of(t.dtype()));
+    };
     if (!s.act.gated()) {
       views.w1_up = {w1.data(), s.d, s.n * s.d};
       if (bias) views.b1_up = {b1.data(), 1, s.n};
@@ -66,10 +69,12 @@ struct WeightSet {
 };
 
 // Copies between a dense [E, rows, cols] tensor and a view. Element size from the tensor.
-template <class F> void each_element(const machmoe_matrix& m, int64_t E, int64_t rows, int64_t cols, F&& f) {
+template <class F>
+void each_element(const machmoe_matrix& m, int64_t E, int64_t rows, int64_t cols, F&& f) {
   for (int64_t e = 0; e < E; e++)
     for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < cols; j++) f(static_cast<size_t>((e * rows + i) * cols + j), static_cast<size_t>(e * m.expert_stride + i * m.row_stride + j));
+      for (int64_t j = 0; j < cols; j++)
+        f(static_cast<size_t>((e * rows + i) * cols + j), static_cast<size_t>(e * m.expert_stride + i * m.row_stride + j));
 }
 inline void scatter(const Tensor& dense, const machmoe_matrix& m, int64_t E, int64_t rows, int64_t cols) {
   const size_t size = size_of(dense.dtype());
@@ -102,14 +107,24 @@ inline WeightSet weights_of(const Problem& p) {
 }
 
 inline machmoe_layer layer_of(const Shape& s) {
-  return {.struct_size = sizeof(machmoe_layer), .device = MACHMOE_CPU, .dtype = static_cast<int32_t>(s.dtype), .activation = static_cast<int32_t>(s.act.kind),
-          .routing_kind = static_cast<int32_t>(s.kind), .alpha = s.act.alpha, .limit = s.act.limit, .T = s.T, .d = s.d, .n = s.n, .E = s.E, .K = s.K,
+  return {.struct_size = sizeof(machmoe_layer),
+          .device = MACHMOE_CPU,
+          .dtype = static_cast<int32_t>(s.dtype),
+          .activation = static_cast<int32_t>(s.act.kind),
+          .routing_kind = static_cast<int32_t>(s.kind),
+          .alpha = s.act.alpha,
+          .limit = s.act.limit,
+          .T = s.T,
+          .d = s.d,
+          .n = s.n,
+          .E = s.E,
+          .K = s.K,
           .row_capacity = s.R_cap};
 }
 
 struct RoutingBuffer {
   machmoe_routing views{};
-  std::vector<int32_t> order;   // row -> slot
+  std::vector<int32_t> order;  // row -> slot
   std::unique_ptr<Buffer> memory;
 };
 inline void build_routing(const Problem& p, RoutingBuffer& out) {
@@ -122,12 +137,12 @@ inline void build_routing(const Problem& p, RoutingBuffer& out) {
   out.order.assign(static_cast<size_t>(p.shape.R_cap), 0);
   switch (p.shape.kind) {
     case RoutingKind::TopK:
-      MACHMOE_OK_OR_FAIL(machmoe_routing_from_topk(&layer, p.expert_ids.data(), MACHMOE_I32, p.scores.data(), static_cast<int32_t>(p.scores.dtype()), out.order.data(),
-                                                   &out.views, scratch.data(), scratch.size(), nullptr));
+      MACHMOE_OK_OR_FAIL(machmoe_routing_from_topk(&layer, p.expert_ids.data(), MACHMOE_I32, p.scores.data(), static_cast<int32_t>(p.scores.dtype()),
+                                                   out.order.data(), &out.views, scratch.data(), scratch.size(), nullptr));
       break;
     case RoutingKind::Lists:
-      MACHMOE_OK_OR_FAIL(machmoe_routing_from_lists(&layer, p.token_ids.data(), p.expert_ids.data(), MACHMOE_I32, p.scores.data(), out.order.data(), &out.views,
-                                                    scratch.data(), scratch.size(), nullptr));
+      MACHMOE_OK_OR_FAIL(machmoe_routing_from_lists(&layer, p.token_ids.data(), p.expert_ids.data(), MACHMOE_I32, p.scores.data(), out.order.data(),
+                                                    &out.views, scratch.data(), scratch.size(), nullptr));
       break;
     case RoutingKind::Rows:
       std::copy(p.counts.begin(), p.counts.end(), out.views.counts);
@@ -198,7 +213,7 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   r.db1_up = gather(as_matrix(grads.views.b1_up), grad_dtype, s.E, s.n, 1);
   r.db2 = gather(as_matrix(grads.views.b2), grad_dtype, s.E, s.d, 1);
   if (s.kind != RoutingKind::Lists) return;
-  Tensor by_slot(s.accum(), std::vector<double>(static_cast<size_t>(s.R_cap), 0));   // row order -> the order of the lists
+  Tensor by_slot(s.accum(), std::vector<double>(static_cast<size_t>(s.R_cap), 0));  // row order -> the order of the lists
   for (size_t row = 0; row < routing.order.size(); row++)
     if (routing.order[row] >= 0) by_slot.set(static_cast<size_t>(routing.order[row]), r.dscore.get(row));
   r.dscore = by_slot;

@@ -52,7 +52,8 @@ std::string case_name(const testing::TestParamInfo<std::tuple<Case, DType>>& tes
   const char* const dtypes[] = {"F32", "BF16", "F16", "F64"};
   return std::get<0>(test.param).name + "_" + dtypes[static_cast<int>(std::get<1>(test.param))];
 }
-INSTANTIATE_TEST_SUITE_P(CaseTable, LayerTest, testing::Combine(testing::ValuesIn(case_table()), testing::Values(DType::F32, DType::BF16, DType::F64)), case_name);
+INSTANTIATE_TEST_SUITE_P(CaseTable, LayerTest,
+                         testing::Combine(testing::ValuesIn(case_table()), testing::Values(DType::F32, DType::BF16, DType::F64)), case_name);
 
 TEST(Layer, AddendIsAddedToOAndDx) {
   for (RoutingKind kind : {RoutingKind::TopK, RoutingKind::Lists}) {
@@ -115,8 +116,19 @@ TEST(Layer, SavedMetadataIsWithinTheContract) {
   for (int64_t n : {64, 128, 256, 512, 1024}) {
     const int64_t K = 1024 / n * 2, E = 8 * K, T = 4096;
     for (int32_t kind : {MACHMOE_TOPK, MACHMOE_LISTS, MACHMOE_ROWS}) {
-      const machmoe_layer layer{.struct_size = sizeof(machmoe_layer), .device = MACHMOE_CPU, .dtype = MACHMOE_BF16, .activation = MACHMOE_SWIGLU, .routing_kind = kind,
-                                .alpha = 0, .limit = 0, .T = kind == MACHMOE_ROWS ? T * K : T, .d = 512, .n = n, .E = E, .K = K, .row_capacity = T * K};
+      const machmoe_layer layer{.struct_size = sizeof(machmoe_layer),
+                                .device = MACHMOE_CPU,
+                                .dtype = MACHMOE_BF16,
+                                .activation = MACHMOE_SWIGLU,
+                                .routing_kind = kind,
+                                .alpha = 0,
+                                .limit = 0,
+                                .T = kind == MACHMOE_ROWS ? T * K : T,
+                                .d = 512,
+                                .n = n,
+                                .E = E,
+                                .K = K,
+                                .row_capacity = T * K};
       size_t bytes = 0, scratch = 0;
       ASSERT_EQ(MACHMOE_OK, machmoe_routing_bytes(&layer, 0, &bytes, &scratch)) << machmoe_last_error();
       EXPECT_LE(bytes, static_cast<size_t>(16 * T * K + 64 * E + 64 * 1024));

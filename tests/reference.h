@@ -7,10 +7,10 @@
 namespace machmoe::test {
 
 struct Reference {
-  std::vector<double> o, dx;                    // [T, d]
-  std::vector<double> dw1_gate, dw1_up, dw2;    // dense
+  std::vector<double> o, dx;                  // [T, d]
+  std::vector<double> dw1_gate, dw1_up, dw2;  // dense
   std::vector<double> db1_gate, db1_up, db2;
-  std::vector<double> ds;                       // [R_cap] by Pair::slot, 0 where dropped
+  std::vector<double> ds;  // [R_cap] by Pair::slot, 0 where dropped
 };
 
 // Value and derivatives of an activation, written apart from core/activation.h.
@@ -38,7 +38,7 @@ inline void reference_activation(const Activation& act, double g, double u, doub
     }
     return up * sig(up);
   };
-  const double step = 1e-5;   // central differences of order 4: an error of about 1e-11
+  const double step = 1e-5;  // central differences of order 4: an error of about 1e-11
   const auto derivative = [&](auto&& h) { return (8 * (h(step) - h(-step)) - (h(2 * step) - h(-2 * step))) / (12 * step); };
   a = f(g, u);
   da_dg = act.gated() ? slope_g * derivative([&](double x) { return f(g + x, u); }) : 0;
@@ -59,8 +59,8 @@ inline Reference reference(const Problem& p, bool with_addend) {
   if (gated) r.db1_gate = r.db1_up;
   r.db2.assign(count(s.E * s.d), 0);
   r.ds.assign(count(s.R_cap), 0);
-  const auto x = p.x.values(), d_o = p.d_o.values(), w2 = p.w2.values(), wu = p.w1_up.values(), wg = p.w1_gate.values(), b2 = p.b2.values(), bu = p.b1_up.values(),
-             bg = p.b1_gate.values();
+  const auto x = p.x.values(), d_o = p.d_o.values(), w2 = p.w2.values(), wu = p.w1_up.values(), wg = p.w1_gate.values(), b2 = p.b2.values(),
+             bu = p.b1_up.values(), bg = p.b1_gate.values();
   if (with_addend) r.o = r.dx = p.addend.values();
 
   std::vector<double> a(count(s.n)), slope_g(count(s.n)), slope_u(count(s.n));
@@ -76,7 +76,7 @@ inline Reference reference(const Problem& p, bool with_addend) {
       }
       reference_activation(s.act, g, u, a[count(i)], slope_g[count(i)], slope_u[count(i)]);
     }
-    std::vector<double> da(count(s.n), 0);   // dO W2
+    std::vector<double> da(count(s.n), 0);  // dO W2
     double ds = 0;
     for (int64_t j = 0; j < s.d; j++) {
       double y = bias ? b2[count(e * s.d + j)] : 0;

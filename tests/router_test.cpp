@@ -84,10 +84,11 @@ TEST_P(RouterTest, BitsDoNotDependOnTheThreadCount) {
   machmoe_set_num_threads(0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, RouterTest,
-                         testing::Values(RouterCase{600, 16, 4, MACHMOE_TOPK_SOFTMAX, DType::F32}, RouterCase{600, 16, 4, MACHMOE_SOFTMAX_TOPK, DType::F32},
-                                         RouterCase{600, 16, 4, MACHMOE_SOFTMAX_TOPK_NORM, DType::F32}, RouterCase{33, 7, 7, MACHMOE_SOFTMAX_TOPK, DType::BF16},
-                                         RouterCase{33, 129, 1, MACHMOE_TOPK_SOFTMAX, DType::F16}, RouterCase{5, 1, 1, MACHMOE_SOFTMAX_TOPK, DType::F64}));
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, RouterTest,
+    testing::Values(RouterCase{600, 16, 4, MACHMOE_TOPK_SOFTMAX, DType::F32}, RouterCase{600, 16, 4, MACHMOE_SOFTMAX_TOPK, DType::F32},
+                    RouterCase{600, 16, 4, MACHMOE_SOFTMAX_TOPK_NORM, DType::F32}, RouterCase{33, 7, 7, MACHMOE_SOFTMAX_TOPK, DType::BF16},
+                    RouterCase{33, 129, 1, MACHMOE_TOPK_SOFTMAX, DType::F16}, RouterCase{5, 1, 1, MACHMOE_SOFTMAX_TOPK, DType::F64}));
 
 TEST(Router, TiesGoToTheLowerExpert) {
   const Routed out = route({1, 5, 3, MACHMOE_TOPK_SOFTMAX, DType::F32}, Tensor(DType::F32, std::vector<double>{1, 2, 1, 2, 1}));

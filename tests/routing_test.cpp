@@ -33,9 +33,7 @@ void expect_complete(const Problem& p, const RoutingBuffer& b) {
       const Pair& pair = *pairs[{r.token[row], e}];
       ASSERT_EQ(static_cast<const float*>(r.score)[row], static_cast<float>(pair.score));
       ASSERT_EQ(b.order[static_cast<size_t>(row)], pair.slot);
-      if (s.kind == RoutingKind::TopK) {
-        ASSERT_EQ(r.inverse[pair.slot], row);
-      }
+      if (s.kind == RoutingKind::TopK) { ASSERT_EQ(r.inverse[pair.slot], row); }
     }
   }
   for (int64_t row = R; row < s.R_cap; row++) ASSERT_EQ(b.order[static_cast<size_t>(row)], -1);
@@ -65,16 +63,18 @@ struct TopkCall {
   machmoe_layer layer;
   std::vector<uint8_t> metadata, scratch;
   machmoe_routing out{};
-  explicit TopkCall(int64_t T, int64_t E, int64_t K) : layer(layer_of({.T = T, .d = 8, .n = 8, .E = E, .K = K, .R_cap = T * K, .dtype = DType::F32})) {
+  explicit TopkCall(int64_t T, int64_t E, int64_t K)
+      : layer(layer_of({.T = T, .d = 8, .n = 8, .E = E, .K = K, .R_cap = T * K, .dtype = DType::F32})) {
     size_t bytes = 0, scratch_bytes = 0;
     EXPECT_EQ(MACHMOE_OK, machmoe_routing_bytes(&layer, 1, &bytes, &scratch_bytes));
     metadata.resize(bytes);
     scratch.resize(scratch_bytes);
     EXPECT_EQ(MACHMOE_OK, machmoe_routing_carve(&layer, 1, metadata.data(), &out));
   }
-  template <class Id> machmoe_status run(const std::vector<Id>& ids, const Tensor& weights) {
-    return machmoe_routing_from_topk(&layer, ids.data(), sizeof(Id) == 8 ? MACHMOE_I64 : MACHMOE_I32, weights.data(), static_cast<int32_t>(weights.dtype()), nullptr, &out,
-                                     scratch.data(), scratch.size(), nullptr);
+  template <class Id>
+  machmoe_status run(const std::vector<Id>& ids, const Tensor& weights) {
+    return machmoe_routing_from_topk(&layer, ids.data(), sizeof(Id) == 8 ? MACHMOE_I64 : MACHMOE_I32, weights.data(),
+                                     static_cast<int32_t>(weights.dtype()), nullptr, &out, scratch.data(), scratch.size(), nullptr);
   }
 };
 

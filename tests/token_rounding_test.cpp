@@ -12,8 +12,14 @@ struct Setting {
   int64_t T, E, K, tile;
   bool renormalize = false;
 };
-const Setting kSettings[] = {{"Plain", 300, 6, 2, 32},   {"Renormalised", 300, 6, 2, 32, true}, {"Tile1", 50, 6, 2, 1},     {"FewTokens", 20, 6, 2, 32},
-                             {"MoreExpertsThanTokens", 40, 64, 3, 8}, {"K1", 129, 4, 1, 16},   {"TileIsT", 64, 5, 2, 64}, {"OneExpert", 70, 1, 1, 32}};
+const Setting kSettings[] = {{"Plain", 300, 6, 2, 32},
+                             {"Renormalised", 300, 6, 2, 32, true},
+                             {"Tile1", 50, 6, 2, 1},
+                             {"FewTokens", 20, 6, 2, 32},
+                             {"MoreExpertsThanTokens", 40, 64, 3, 8},
+                             {"K1", 129, 4, 1, 16},
+                             {"TileIsT", 64, 5, 2, 64},
+                             {"OneExpert", 70, 1, 1, 32}};
 enum class Scores { Softmax, Ties, OneHot, Zero };
 
 std::vector<float> make_scores(const Setting& c, Scores kind, uint64_t seed = 1) {
@@ -64,7 +70,7 @@ void round(const Setting& c, const std::vector<float>& scores, RoundingRule rule
 // The definition: sort every expert's column, top-K pairs first, and take the first `target` of it.
 struct Definition {
   std::vector<int32_t> f, target;
-  std::vector<std::vector<int32_t>> ranked;   // per expert, all tokens in rank order
+  std::vector<std::vector<int32_t>> ranked;  // per expert, all tokens in rank order
 };
 Definition define(const Setting& c, const std::vector<float>& scores, RoundingRule rule, uint64_t seed) {
   Definition d;
@@ -115,9 +121,11 @@ Definition define(const Setting& c, const std::vector<float>& scores, RoundingRu
   return d;
 }
 
-const std::pair<const char*, RoundingRule> kRules[] = {{"NrF", RoundingRule::NrF},   {"SrF", RoundingRule::SrF},   {"NrS", RoundingRule::NrS},
-                                                       {"Up", RoundingRule::Up},     {"Down", RoundingRule::Down}, {"BalanceF", RoundingRule::BalanceF}};
-const std::pair<const char*, Scores> kScores[] = {{"Softmax", Scores::Softmax}, {"Ties", Scores::Ties}, {"OneHot", Scores::OneHot}, {"Zero", Scores::Zero}};
+const std::pair<const char*, RoundingRule> kRules[] = {{"NrF", RoundingRule::NrF},   {"SrF", RoundingRule::SrF},
+                                                       {"NrS", RoundingRule::NrS},   {"Up", RoundingRule::Up},
+                                                       {"Down", RoundingRule::Down}, {"BalanceF", RoundingRule::BalanceF}};
+const std::pair<const char*, Scores> kScores[] = {
+    {"Softmax", Scores::Softmax}, {"Ties", Scores::Ties}, {"OneHot", Scores::OneHot}, {"Zero", Scores::Zero}};
 
 class TokenRoundingTest : public testing::TestWithParam<std::tuple<Setting, std::pair<const char*, RoundingRule>, std::pair<const char*, Scores>>> {};
 
@@ -164,7 +172,8 @@ TEST_P(TokenRoundingTest, IsItsDefinition) {
 std::string setting_name(const testing::TestParamInfo<TokenRoundingTest::ParamType>& test) {
   return std::get<0>(test.param).name + "_" + std::get<1>(test.param).first + "_" + std::get<2>(test.param).first;
 }
-INSTANTIATE_TEST_SUITE_P(Rules, TokenRoundingTest, testing::Combine(testing::ValuesIn(kSettings), testing::ValuesIn(kRules), testing::ValuesIn(kScores)), setting_name);
+INSTANTIATE_TEST_SUITE_P(Rules, TokenRoundingTest,
+                         testing::Combine(testing::ValuesIn(kSettings), testing::ValuesIn(kRules), testing::ValuesIn(kScores)), setting_name);
 
 TEST(TokenRounding, EqualSeedsGiveEqualResultsAndSeedsMatter) {
   const Setting c{"Seeds", 500, 32, 4, 32};
@@ -189,7 +198,7 @@ TEST(TokenRounding, StochasticRoundingKeepsTheExpectedCount) {
     ASSERT_NO_FATAL_FAILURE(round(c, scores, RoundingRule::SrF, seed, r));
     rows += static_cast<double>(r.R) / draws;
   }
-  EXPECT_NEAR(rows, 400, 8);   // the standard error of the mean is at most 8 sqrt(16 / 200) = 2.3
+  EXPECT_NEAR(rows, 400, 8);  // the standard error of the mean is at most 8 sqrt(16 / 200) = 2.3
 }
 
 TEST(TokenRounding, ScoresOutsideTheUnitIntervalAreErrors) {

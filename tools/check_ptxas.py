@@ -14,7 +14,9 @@ def kernels_and_problems(log: str) -> tuple[int, list[str]]:
             kernels += 1
         if match := re.search(r"(?:Compiling entry function|Function properties for) '?([^\s']+)", line):
             name = match.group(1)
-        if (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)) and any(map(int, match.groups())):
+        if (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)) and any(
+            map(int, match.groups())
+        ):
             found.append(f"{name}: {match.group(0)}")
         if re.search(r"\bC75\d\d\b", line):
             found.append(line.strip())

@@ -35,7 +35,9 @@ int32_t dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Double: return MACHMOE_F64;
     case ScalarType::Int: return MACHMOE_I32;
     case ScalarType::Long: return MACHMOE_I64;
-    default: throw std::runtime_error(std::string(name) + " has a dtype that machmoe does not read, expected float32, bfloat16, float16, float64, int32 or int64");
+    default:
+      throw std::runtime_error(std::string(name) +
+                               " has a dtype that machmoe does not read, expected float32, bfloat16, float16, float64, int32 or int64");
   }
 }
 int32_t shim_dtype(int32_t dtype) {
@@ -156,8 +158,8 @@ machmoe_matrix matrix(const Tensor& t) { return {data(t), t.stride(1), t.stride(
 machmoe_vector vector(const Tensor& t) { return {data(t), t.stride(1), t.stride(0)}; }
 
 // Gate and up views of W1 (or its gradient) and b1.
-machmoe_weights weight_views(const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2, bool gated,
-                             bool interleaved) {
+machmoe_weights weight_views(const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2,
+                             bool gated, bool interleaved) {
   machmoe_weights w{};
   w.struct_size = sizeof w;
   const int64_t n = w2.size(2);
@@ -185,9 +187,9 @@ machmoe_weights weight_views(const Tensor& w1, const Optional& w1_up, const Tens
 
 bool is_gated(int64_t activation) { return activation <= MACHMOE_REGLU; }
 
-Layer make_layer(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2,
-                 const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K, int64_t activation, double alpha, double limit,
-                 bool interleaved) {
+Layer make_layer(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
+                 const Optional& b2, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
+                 int64_t activation, double alpha, double limit, bool interleaved) {
   for (auto [t, name] : {std::pair{&w1, "w1"}, {&w2, "w2"}}) check_last_stride(*t, name);
   if (w1_up) check_last_stride(*w1_up, "w1[1]");
   Layer l;
@@ -212,21 +214,22 @@ Tensor routing_topk(const Tensor& ids, const Tensor& weights, int64_t num_expert
   const int32_t weights_dtype = dtype_of(weights, "topk_weights");
   const machmoe_layer layer = routing_layer(ids, accum_of(weights_dtype), MACHMOE_TOPK, ids.size(0), num_experts, ids.size(1), ids.numel());
   const Metadata m = new_metadata(layer, ids);
-  check(machmoe_routing_from_topk(&layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), weights_dtype, nullptr, &m.routing, data(m.scratch), m.scratch_bytes,
-                                  launch.stream()));
+  check(machmoe_routing_from_topk(&layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), weights_dtype, nullptr, &m.routing, data(m.scratch),
+                                  m.scratch_bytes, launch.stream()));
   return m.memory;
 }
 
 // Metadata, expert of each row, list position of each row.
-std::tuple<Tensor, Tensor, Tensor> routing_lists(const Tensor& token_ids, const Tensor& expert_ids, const Tensor& scores, int64_t num_tokens, int64_t num_experts) {
+std::tuple<Tensor, Tensor, Tensor> routing_lists(const Tensor& token_ids, const Tensor& expert_ids, const Tensor& scores, int64_t num_tokens,
+                                                 int64_t num_experts) {
   const Launch launch(token_ids);
   const int64_t R = token_ids.numel();
   const machmoe_layer layer = routing_layer(token_ids, dtype_of(scores, "scores"), MACHMOE_LISTS, num_tokens, num_experts, 0, R);
   Metadata m = new_metadata(layer, token_ids);
   const Tensor expert = empty(token_ids, {R}, MACHMOE_I32), order = empty(token_ids, {R}, MACHMOE_I32);
   m.routing.expert = static_cast<int32_t*>(data(expert));
-  check(machmoe_routing_from_lists(&layer, data(token_ids), data(expert_ids), dtype_of(token_ids, "token_ids"), data(scores), static_cast<int32_t*>(data(order)),
-                                   &m.routing, data(m.scratch), m.scratch_bytes, launch.stream()));
+  check(machmoe_routing_from_lists(&layer, data(token_ids), data(expert_ids), dtype_of(token_ids, "token_ids"), data(scores),
+                                   static_cast<int32_t*>(data(order)), &m.routing, data(m.scratch), m.scratch_bytes, launch.stream()));
   return {m.memory, expert, order};
 }
 
@@ -281,7 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_forward(const Tensor& logits, i
   const Launch launch(logits);
   const int64_t T = logits.size(0), E = logits.size(1);
   const int32_t accum = accum_of(dtype_of(logits, "logits"));
-  const Tensor ids = empty(logits, {T, K}, MACHMOE_I32), weights = empty(logits, {T, K}, accum), counts = empty(logits, {E}, MACHMOE_I32), aux = empty(logits, {}, accum);
+  const Tensor ids = empty(logits, {T, K}, MACHMOE_I32), weights = empty(logits, {T, K}, accum), counts = empty(logits, {E}, MACHMOE_I32),
+               aux = empty(logits, {}, accum);
   machmoe_route r = route_descriptor(logits, router, K, ids, weights, counts);
   r.aux = aux.data_ptr();
   size_t scratch_bytes = 0;
@@ -291,7 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_forward(const Tensor& logits, i
   return {ids, weights, counts, aux};
 }
 
-Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor& logits, const Tensor& ids, const Tensor& weights, const Tensor& counts, int64_t router) {
+Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor& logits, const Tensor& ids, const Tensor& weights,
+                      const Tensor& counts, int64_t router) {
   const Launch launch(logits);
   const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, ids.size(1), ids, weights, counts);
@@ -301,9 +306,10 @@ Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor
 }
 
 // ---- experts -------------------------------------------------------------------------------------------------------------------
-std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
-                                           const Optional& b2, const Optional& addend, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind,
-                                           int64_t K, int64_t activation, double alpha, double limit, bool interleaved, bool save_h) {
+std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
+                                           const Optional& b1_up, const Optional& b2, const Optional& addend, const Tensor& metadata,
+                                           const Optional& counts, const Optional& score, int64_t kind, int64_t K, int64_t activation, double alpha,
+                                           double limit, bool interleaved, bool save_h) {
   const Launch launch(x);
   const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, counts, score, kind, K, activation, alpha, limit, interleaved);
   const int64_t planes = is_gated(activation) ? 2 : 1;
@@ -322,16 +328,22 @@ struct WeightGrads {
   Tensor w1, w1_up, w2, b1, b1_up, b2;
   machmoe_weights views{};
 };
-WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2, bool gated,
-                             bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
+WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2,
+                             bool gated, bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
   const int32_t dtype = dtype_of(w1, "w1");
   const auto like3 = [&](const Tensor& t, bool need) { return need ? empty(t, {t.size(0), t.size(1), t.size(2)}, dtype) : none(t, dtype); };
   const auto like2 = [&](const Optional& t, bool need) { return need && t ? empty(*t, {t->size(0), t->size(1)}, dtype) : none(w1, dtype); };
-  WeightGrads g{like3(w1, need_w1), w1_up ? like3(*w1_up, need_w1) : none(w1, dtype), like3(w2, need_w2), like2(b1, need_b1), like2(b1_up, need_b1), like2(b2, need_b2), {}};
+  WeightGrads g{like3(w1, need_w1),
+                w1_up ? like3(*w1_up, need_w1) : none(w1, dtype),
+                like3(w2, need_w2),
+                like2(b1, need_b1),
+                like2(b1_up, need_b1),
+                like2(b2, need_b2),
+                {}};
   const auto optional = [](const Tensor& t) { return t.numel() ? Optional(t) : std::nullopt; };
   // Views of tensors that are not wanted keep a null base: the sizes come from w1 and w2 themselves.
-  const machmoe_weights all = weight_views(need_w1 ? g.w1 : w1, need_w1 ? optional(g.w1_up) : w1_up, need_w2 ? g.w2 : w2, optional(g.b1), optional(g.b1_up),
-                                           optional(g.b2), gated, interleaved);
+  const machmoe_weights all = weight_views(need_w1 ? g.w1 : w1, need_w1 ? optional(g.w1_up) : w1_up, need_w2 ? g.w2 : w2, optional(g.b1),
+                                           optional(g.b1_up), optional(g.b2), gated, interleaved);
   g.views = all;
   if (!need_w1) g.views.w1_gate = {}, g.views.w1_up = {};
   if (!need_w2) g.views.w2 = {};
@@ -361,16 +373,19 @@ Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool r
 
 // score_dtype: of topk_weights or score; negative: its gradient is not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    const Tensor& d_o, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2,
-    const Tensor& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K, int64_t activation, double alpha, double limit,
-    bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2, int64_t score_dtype) {
+    const Tensor& d_o, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
+    const Optional& b2, const Tensor& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
+    int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
+    int64_t score_dtype) {
   const Launch launch(x);
   const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, counts, score, kind, K, activation, alpha, limit, interleaved);
   const int64_t T = x.size(0);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = need_dx ? empty(x, {T, x.size(1)}, l.layer.dtype) : none(x, l.layer.dtype);
   const auto dscore_dtype = static_cast<int32_t>(score_dtype < 0 ? accum_of(l.layer.dtype) : score_dtype);
-  const Tensor dscore = score_dtype < 0 ? none(x, dscore_dtype) : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype) : empty(x, {l.layer.row_capacity}, dscore_dtype);
+  const Tensor dscore = score_dtype < 0        ? none(x, dscore_dtype)
+                        : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype)
+                                               : empty(x, {l.layer.row_capacity}, dscore_dtype);
   const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, g);
   size_t workspace_bytes = 0;
   const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, workspace_bytes);
@@ -388,12 +403,14 @@ Tensor product(const Tensor& a, const Tensor& b) {
 
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
-    const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
-    const Optional& b1_up, const Optional& b2, const Tensor& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids, const Tensor& weights,
-    const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
+    const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
+    const Optional& b1, const Optional& b1_up, const Optional& b2, const Tensor& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids,
+    const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1,
+    bool need_w2, bool need_b1, bool need_b2) {
   const Launch launch(x);
   const int64_t K = ids.size(1);
-  const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, std::nullopt, std::nullopt, MACHMOE_TOPK, K, activation, alpha, limit, interleaved);
+  const Layer l =
+      make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, std::nullopt, std::nullopt, MACHMOE_TOPK, K, activation, alpha, limit, interleaved);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype), no_dscore = none(x, accum_of(l.layer.dtype));
   machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, no_dscore, g);
@@ -429,21 +446,26 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def("route_forward(Tensor logits, int k, int router) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("route_backward(Tensor dweights, Tensor? daux, Tensor logits, Tensor ids, Tensor weights, Tensor counts, int router) -> Tensor");
   m.def(
-      "experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor metadata, Tensor? counts, "
+      "experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor metadata, "
+      "Tensor? counts, "
       "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor)");
   m.def(
-      "experts_backward(Tensor d_o, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor h, Tensor metadata, Tensor? counts, "
-      "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, "
+      "experts_backward(Tensor d_o, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor h, Tensor metadata, "
+      "Tensor? counts, "
+      "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool "
+      "need_b1, "
       "bool need_b2, int score_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "layer_backward(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor h, "
-      "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool interleaved, "
+      "layer_backward(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? "
+      "b2, Tensor h, "
+      "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool "
+      "interleaved, "
       "bool need_w1, bool need_w2, bool need_b1, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("build_info() -> str");
   m.def("device_reason(bool cuda) -> str");
 }
 
-#define MACHMOE_IMPLEMENT(m)                               \
+#define MACHMOE_IMPLEMENT(m)                                \
   m.impl("routing_topk", TORCH_BOX(&routing_topk));         \
   m.impl("routing_lists", TORCH_BOX(&routing_lists));       \
   m.impl("routing_rows", TORCH_BOX(&routing_rows));         \
@@ -454,9 +476,8 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.impl("experts_backward", TORCH_BOX(&experts_backward)); \
   m.impl("layer_backward", TORCH_BOX(&layer_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(machmoe, CPU, m) { MACHMOE_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(machmoe, CUDA, m) { MACHMOE_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(machmoe, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(machmoe, CPU, m){MACHMOE_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(machmoe, CUDA, m){
+    MACHMOE_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(machmoe, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("device_reason", TORCH_BOX(&device_reason));
 }

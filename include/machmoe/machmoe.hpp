@@ -65,7 +65,7 @@ struct LayerOptions {
   float alpha = 0, limit = 0;
   int64_t T = 0, d = 0, n = 0, E = 0, K = 0;
   int64_t row_capacity = 0;
-  void* stream = nullptr;   // cudaStream_t
+  void* stream = nullptr;  // cudaStream_t
   Allocator allocator = {};
 };
 
@@ -74,7 +74,7 @@ class Routing {
  public:
   Routing() = default;
   Routing(machmoe_routing views, Buffer memory) : views_(views), memory_(std::move(memory)) {}
-  const machmoe_routing& views() const noexcept { return views_; }   // token, expert, score, counts, offsets, ...
+  const machmoe_routing& views() const noexcept { return views_; }  // token, expert, score, counts, offsets, ...
 
  private:
   machmoe_routing views_{};
@@ -83,27 +83,38 @@ class Routing {
 
 // What the backward needs beside its arguments: H.
 struct Saved {
-  Buffer h;   // [row_capacity, 2 or 1, n]; empty: recompute
+  Buffer h;  // [row_capacity, 2 or 1, n]; empty: recompute
 };
 
 struct Gradients {
-  void* dx = nullptr;       // [T, d]
-  void* dscore = nullptr;   // TOPK [T, K], else [row_capacity]
+  void* dx = nullptr;      // [T, d]
+  void* dscore = nullptr;  // TOPK [T, K], else [row_capacity]
   machmoe_dtype dscore_dtype = MACHMOE_F32;
-  machmoe_weights weights = {};   // dW1, dW2, db1, db2 in the layout of the weights; null: not wanted
+  machmoe_weights weights = {};  // dW1, dW2, db1, db2 in the layout of the weights; null: not wanted
   machmoe_dtype dtype = MACHMOE_F32;
   bool accumulate = false;
-  const void* addend = nullptr;   // [T, d] added to dX
+  const void* addend = nullptr;  // [T, d] added to dX
 };
 
 class Layer {
  public:
   explicit Layer(LayerOptions options) : options_(std::move(options)) {
     const LayerOptions& o = options_;
-    descriptor_ = {sizeof(machmoe_layer), o.device, o.dtype, o.activation, o.routing_kind, o.alpha, o.limit, o.T, o.d, o.n, o.E, o.K,
+    descriptor_ = {sizeof(machmoe_layer),
+                   o.device,
+                   o.dtype,
+                   o.activation,
+                   o.routing_kind,
+                   o.alpha,
+                   o.limit,
+                   o.T,
+                   o.d,
+                   o.n,
+                   o.E,
+                   o.K,
                    o.row_capacity ? o.row_capacity : o.T * o.K};
     size_t bytes = 0;
-    check(machmoe_forward_workspace_bytes(&descriptor_, &bytes));   // every size is checked here
+    check(machmoe_forward_workspace_bytes(&descriptor_, &bytes));  // every size is checked here
   }
   const machmoe_layer& descriptor() const noexcept { return descriptor_; }
   bool gated() const noexcept { return options_.activation <= MACHMOE_REGLU; }
@@ -112,13 +123,15 @@ class Layer {
   // ids [T, K] int32, weights [T, K] fp32.
   Routing route_topk(const int32_t* ids, const float* weights) const {
     return make_routing([&](const machmoe_routing& out, const Buffer& scratch) {
-      return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, weights, MACHMOE_F32, nullptr, &out, scratch.data(), scratch.size(), options_.stream);
+      return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, weights, MACHMOE_F32, nullptr, &out, scratch.data(), scratch.size(),
+                                       options_.stream);
     });
   }
   // row_capacity triples in any order.
   Routing route_lists(const int32_t* token_ids, const int32_t* expert_ids, const float* scores) const {
     return make_routing([&](const machmoe_routing& out, const Buffer& scratch) {
-      return machmoe_routing_from_lists(&descriptor_, token_ids, expert_ids, MACHMOE_I32, scores, nullptr, &out, scratch.data(), scratch.size(), options_.stream);
+      return machmoe_routing_from_lists(&descriptor_, token_ids, expert_ids, MACHMOE_I32, scores, nullptr, &out, scratch.data(), scratch.size(),
+                                        options_.stream);
     });
   }
   // Dispatched rows (ROWS): counts [E] and row_scores [row_capacity] (or null) stay the caller's memory.
@@ -131,7 +144,8 @@ class Layer {
   }
 
   // o [T, d] from x [T, d]. Inference and recompute save nothing.
-  Saved forward(const Routing& routing, const machmoe_weights& weights, const void* x, void* o, const void* addend = nullptr, bool save_h = true) const {
+  Saved forward(const Routing& routing, const machmoe_weights& weights, const void* x, void* o, const void* addend = nullptr,
+                bool save_h = true) const {
     Saved saved;
     const int64_t h_elements = descriptor_.row_capacity * (gated() ? 2 : 1) * descriptor_.n;
     if (save_h) saved.h = Buffer(options_.allocator, static_cast<size_t>(h_elements) * element_size());
@@ -143,7 +157,8 @@ class Layer {
     return saved;
   }
 
-  void backward(const Routing& routing, const machmoe_weights& weights, const Saved& saved, const void* x, const void* d_o, const Gradients& g) const {
+  void backward(const Routing& routing, const machmoe_weights& weights, const Saved& saved, const void* x, const void* d_o,
+                const Gradients& g) const {
     size_t bytes = 0;
     check(machmoe_backward_workspace_bytes(&descriptor_, saved.h.data() == nullptr, &bytes));
     const Buffer workspace(options_.allocator, bytes);
@@ -164,7 +179,8 @@ class Layer {
   }
 
  private:
-  template <class Fill> Routing make_routing(Fill&& fill) const {
+  template <class Fill>
+  Routing make_routing(Fill&& fill) const {
     size_t bytes = 0, scratch_bytes = 0;
     check(machmoe_routing_bytes(&descriptor_, 1, &bytes, &scratch_bytes));
     const Buffer memory(options_.allocator, bytes), scratch(options_.allocator, scratch_bytes);
@@ -201,7 +217,9 @@ inline machmoe_weights concatenated(const Layer& layer, void* w1, void* w2, void
 inline machmoe_weights interleaved(const Layer& layer, void* w1, void* w2, void* b1 = nullptr, void* b2 = nullptr) {
   const machmoe_layer& l = layer.descriptor();
   const auto size = layer.element_size();
-  const auto at = [&](void* base, int64_t i) { return base ? static_cast<void*>(static_cast<char*>(base) + static_cast<size_t>(i) * size) : nullptr; };
+  const auto at = [&](void* base, int64_t i) {
+    return base ? static_cast<void*>(static_cast<char*>(base) + static_cast<size_t>(i) * size) : nullptr;
+  };
   machmoe_weights w = concatenated(layer, w1, w2, b1, b2);
   w.w1_gate = {w1, 2 * l.d, 2 * l.n * l.d};
   w.w1_up = {at(w1, l.d), 2 * l.d, 2 * l.n * l.d};

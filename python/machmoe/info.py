@@ -27,8 +27,9 @@ def package_version(name):
 
 def collect():
     """{section: {key: value}}, JSON-ready."""
-    import machmoe
     import torch
+
+    import machmoe
 
     devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):

@@ -14,7 +14,10 @@
 namespace machmoe {
 
 // A and its derivatives by gate and up at one element. Plain activations read and differentiate `up` alone.
-template <class F> struct ActivationGrad { F a, d_gate, d_up; };
+template <class F>
+struct ActivationGrad {
+  F a, d_gate, d_up;
+};
 
 // exp(x). fp32 on the host: a polynomial without branches (relative error 3e-7 on [-87, 88]), so that loops over it vectorise.
 MACHMOE_HD double exponential(double x) { return std::exp(x); }
@@ -24,14 +27,15 @@ MACHMOE_HD float exponential(float x) {
 #else
   x = x > 88.f ? 88.f : x;
   x = x < -87.f ? -87.f : x;
-  const float shifted = x * 1.44269504f + 12582912.f;   // 1.5 2^23: the integer nearest to x / ln 2 stands in the low bits
+  const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 2^23: the integer nearest to x / ln 2 stands in the low bits
   const float k = shifted - 12582912.f, r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
   const float p = 1.f + r * (1.f + r * (0.5f + r * (0.16666667f + r * (0.041666664f + r * (0.0083334519f + r * 0.0013930436f)))));
   return p * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
 #endif
 }
 
-template <class F> MACHMOE_HD F sigmoid(F x) {
+template <class F>
+MACHMOE_HD F sigmoid(F x) {
 #ifdef __CUDA_ARCH__
   return __fdividef(1.f, 1.f + __expf(-x));
 #else
@@ -40,34 +44,47 @@ template <class F> MACHMOE_HD F sigmoid(F x) {
 }
 
 // x / 2 (1 + tanh z) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3).
-template <class F> MACHMOE_HD F gelu_tanh(F x, F& derivative) {
-  const F c = F(1.5957691216057308), cubic = F(0.044715);   // 2 sqrt(2 / pi)
+template <class F>
+MACHMOE_HD F gelu_tanh(F x, F& derivative) {
+  const F c = F(1.5957691216057308), cubic = F(0.044715);  // 2 sqrt(2 / pi)
   const F s = sigmoid(c * (x + cubic * x * x * x));
   derivative = s + x * s * (F(1) - s) * c * (F(1) + F(3) * cubic * x * x);
   return x * s;
 }
 
-template <class F> MACHMOE_HD F gelu_erf(F x, F& derivative) {
+template <class F>
+MACHMOE_HD F gelu_erf(F x, F& derivative) {
   const F cdf = F(0.5) * (F(1) + std::erf(x * F(0.7071067811865476)));
   derivative = cdf + x * F(0.3989422804014327) * std::exp(F(-0.5) * x * x);
   return x * cdf;
 }
 
-template <class F> MACHMOE_HD F silu(F x, F& derivative) {
+template <class F>
+MACHMOE_HD F silu(F x, F& derivative) {
   const F s = sigmoid(x);
   derivative = s * (F(1) + x * (F(1) - s));
   return x * s;
 }
 
 // The compiler drops the derivative where only .a is used; K is a compile-time constant on the GPU.
-template <ActivationKind K, class F> MACHMOE_HD ActivationGrad<F> activate(F gate, F up, F alpha, F limit) {
+template <ActivationKind K, class F>
+MACHMOE_HD ActivationGrad<F> activate(F gate, F up, F alpha, F limit) {
   F d = 0;
   if constexpr (K == ActivationKind::SwiGLU || K == ActivationKind::SwiGLUOai) {
     F gate_slope = 1, up_slope = 1;
     if (limit > 0) {
-      if (gate > limit) { gate = limit; gate_slope = 0; }
-      if (up > limit) { up = limit; up_slope = 0; }
-      if (up < -limit) { up = -limit; up_slope = 0; }
+      if (gate > limit) {
+        gate = limit;
+        gate_slope = 0;
+      }
+      if (up > limit) {
+        up = limit;
+        up_slope = 0;
+      }
+      if (up < -limit) {
+        up = -limit;
+        up_slope = 0;
+      }
     }
     if constexpr (K == ActivationKind::SwiGLU) {
       const F v = silu(gate, d);
@@ -101,8 +118,12 @@ template <ActivationKind K, class F> MACHMOE_HD ActivationGrad<F> activate(F gat
 }
 
 // Calls f with the activation as a compile-time constant: f(ActivationTag<K>()).
-template <ActivationKind K> struct ActivationTag { static constexpr ActivationKind kind = K; };
-template <class Fn> auto dispatch_activation(ActivationKind kind, Fn&& f) {
+template <ActivationKind K>
+struct ActivationTag {
+  static constexpr ActivationKind kind = K;
+};
+template <class Fn>
+auto dispatch_activation(ActivationKind kind, Fn&& f) {
   switch (kind) {
     case ActivationKind::SwiGLU: return f(ActivationTag<ActivationKind::SwiGLU>());
     case ActivationKind::SwiGLUOai: return f(ActivationTag<ActivationKind::SwiGLUOai>());

@@ -22,7 +22,11 @@ class Error : public std::runtime_error {
 }  // namespace machmoe
 
 // MACHMOE_CHECK(x.d % 8 == 0, "d is {}, expected a multiple of 8: pad the hidden size", x.d)
-#define MACHMOE_CHECK(cond, ...) \
-  do { if (!(cond)) throw ::machmoe::Error(::machmoe::Status::InvalidArgument, fmt::format(__VA_ARGS__)); } while (0)
-#define MACHMOE_SUPPORTED(cond, ...) \
-  do { if (!(cond)) throw ::machmoe::Error(::machmoe::Status::Unsupported, fmt::format(__VA_ARGS__)); } while (0)
+#define MACHMOE_CHECK(cond, ...)                                                                       \
+  do {                                                                                                 \
+    if (!(cond)) throw ::machmoe::Error(::machmoe::Status::InvalidArgument, fmt::format(__VA_ARGS__)); \
+  } while (0)
+#define MACHMOE_SUPPORTED(cond, ...)                                                               \
+  do {                                                                                             \
+    if (!(cond)) throw ::machmoe::Error(::machmoe::Status::Unsupported, fmt::format(__VA_ARGS__)); \
+  } while (0)

@@ -36,8 +36,8 @@ struct F16 {
   static constexpr uint16_t round(uint32_t u) {
     const uint32_t sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);   // 65520 and above round to infinity
-    if (magnitude < 0x38800000u) {                                                // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+    if (magnitude < 0x38800000u) {                                               // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
       const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
       return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
     }

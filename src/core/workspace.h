@@ -7,7 +7,7 @@ namespace machmoe {
 
 class Workspace {
  public:
-  static constexpr size_t kAlign = 256;   // bytes; TMA needs 128, cudaMalloc gives 256
+  static constexpr size_t kAlign = 256;  // bytes; TMA needs 128, cudaMalloc gives 256
 
   explicit Workspace(void* base = nullptr) : base_(static_cast<uint8_t*>(base)) {}
 
@@ -17,7 +17,10 @@ class Workspace {
     used_ += (bytes + kAlign - 1) / kAlign * kAlign;
     return base_ ? base_ + at : nullptr;
   }
-  template <class T> T* take(int64_t count) { return static_cast<T*>(take(sizeof(T) * static_cast<size_t>(count))); }
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take(sizeof(T) * static_cast<size_t>(count)));
+  }
   size_t used() const { return used_; }
 
  private:

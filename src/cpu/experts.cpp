@@ -28,13 +28,15 @@ struct RowTile {
 std::vector<RowTile> row_tiles(const Shape& s, const Routing& r) {
   std::vector<RowTile> tiles;
   for (int64_t e = 0; e < s.E; e++)
-    for (int64_t row = r.offsets[e]; row < r.offsets[e + 1]; row += kRowTile) tiles.push_back({e, row, std::min<int64_t>(kRowTile, r.offsets[e + 1] - row)});
+    for (int64_t row = r.offsets[e]; row < r.offsets[e + 1]; row += kRowTile)
+      tiles.push_back({e, row, std::min<int64_t>(kRowTile, r.offsets[e + 1] - row)});
   return tiles;
 }
 
 // Scratch of this thread, kept between calls; one buffer for each purpose.
 enum Scratch { kLeft, kRight, kTile, kGateTile, kBias, kGateBias, kRow, kScratchCount };
-template <class T> T* scratch(Scratch purpose, int64_t count) {
+template <class T>
+T* scratch(Scratch purpose, int64_t count) {
   static thread_local std::vector<T> buffers[kScratchCount];
   std::vector<T>& b = buffers[purpose];
   if (static_cast<int64_t>(b.size()) < count) b.resize(static_cast<size_t>(count));
@@ -42,13 +44,15 @@ template <class T> T* scratch(Scratch purpose, int64_t count) {
 }
 
 // A view of rows that a product can read: `rows` rows of `cols` columns, then zero rows up to padded(rows).
-template <class T> struct Operand {
+template <class T>
+struct Operand {
   const T* data;
   int64_t ld;
 };
 // token != null: rows are gathered. Otherwise they are used in place unless they need padding: what follows an expert's rows is another's.
 template <class T>
-Operand<T> rows_operand(const T* base, int64_t ld, const int32_t* token, int64_t first, int64_t rows, int64_t first_col, int64_t cols, Scratch purpose) {
+Operand<T> rows_operand(const T* base, int64_t ld, const int32_t* token, int64_t first, int64_t rows, int64_t first_col, int64_t cols,
+                        Scratch purpose) {
   if (!token && padded(rows) == rows) return {base + first * ld + first_col, ld};
   T* out = scratch<T>(purpose, padded(rows) * cols);
   for (int64_t i = 0; i < rows; i++) {
@@ -59,19 +63,23 @@ Operand<T> rows_operand(const T* base, int64_t ld, const int32_t* token, int64_t
   return {out, cols};
 }
 
-template <class T, class View> auto* expert_base(const View& w, int64_t e) {
+template <class T, class View>
+auto* expert_base(const View& w, int64_t e) {
   using Element = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(w.base)>>, const T, T>;
   return static_cast<Element*>(w.base) + e * w.expert_stride;
 }
-template <class T> AccumOf<T> bias_at(const ConstBias& b, int64_t e, int64_t i) {
+template <class T>
+AccumOf<T> bias_at(const ConstBias& b, int64_t e, int64_t i) {
   return static_cast<AccumOf<T>>(static_cast<const T*>(b.base)[e * b.expert_stride + i * b.stride]);
 }
-template <class T> constexpr DType dtype_of() {
+template <class T>
+constexpr DType dtype_of() {
   return std::is_same_v<T, double> ? DType::F64 : std::is_same_v<T, float> ? DType::F32 : std::is_same_v<T, BF16> ? DType::BF16 : DType::F16;
 }
 
 // Bias of one plane as a dense vector of the accumulation type; null without a bias.
-template <class T> const AccumOf<T>* dense_bias(const ConstBias& b, int64_t e, int64_t count, Scratch purpose) {
+template <class T>
+const AccumOf<T>* dense_bias(const ConstBias& b, int64_t e, int64_t count, Scratch purpose) {
   if (!b.base) return nullptr;
   auto* out = scratch<AccumOf<T>>(purpose, count);
   for (int64_t i = 0; i < count; i++) out[i] = bias_at<T>(b, e, i);
@@ -93,7 +101,8 @@ void activate_row(const Accum* gate, const Accum* up, const Accum* b_gate, const
     a[i] = static_cast<T>(activate<kind>(gated ? static_cast<Accum>(h[i]) : Accum(0), static_cast<Accum>(h_up[i]), alpha, limit).a);
 }
 
-template <ActivationKind kind, class T> void up_proj_of(const UpProjArgs& p) {
+template <ActivationKind kind, class T>
+void up_proj_of(const UpProjArgs& p) {
   using Accum = AccumOf<T>;
   constexpr bool gated = kind <= ActivationKind::ReGLU;
   const Shape& s = p.shape;
@@ -118,12 +127,17 @@ template <ActivationKind kind, class T> void up_proj_of(const UpProjArgs& p) {
 }
 
 // ---- Y -------------------------------------------------------------------------------------------------------------------------
-template <class T> void zero_rows_past(int64_t R, const Shape& s, void* rows) {
+template <class T>
+void zero_rows_past(int64_t R, const Shape& s, void* rows) {
   if (s.R_cap > R) std::memset(static_cast<void*>(static_cast<T*>(rows) + R * s.d), 0, static_cast<size_t>((s.R_cap - R) * s.d) * sizeof(T));
 }
-template <class T> AccumOf<T> score_of(const Routing& r, int64_t row) { return r.score ? static_cast<const AccumOf<T>*>(r.score)[row] : AccumOf<T>(1); }
+template <class T>
+AccumOf<T> score_of(const Routing& r, int64_t row) {
+  return r.score ? static_cast<const AccumOf<T>*>(r.score)[row] : AccumOf<T>(1);
+}
 
-template <class T> void down_proj_of(const DownProjArgs& p) {
+template <class T>
+void down_proj_of(const DownProjArgs& p) {
   using Accum = AccumOf<T>;
   const Shape& s = p.shape;
   const bool rows_kind = s.kind == RoutingKind::Rows;
@@ -149,7 +163,8 @@ template <class T> void down_proj_of(const DownProjArgs& p) {
 }
 
 // ---- O, dX and dS ----------------------------------------------------------------------------------------------------------------
-template <class Accum, class Out> void score_grad_of(const ScoreGradArgs& p) {
+template <class Accum, class Out>
+void score_grad_of(const ScoreGradArgs& p) {
   const Shape& s = p.shape;
   const int64_t R = p.routing.offsets[s.E];
   const auto* parts = static_cast<const Accum*>(p.ds_parts);
@@ -162,7 +177,8 @@ template <class Accum, class Out> void score_grad_of(const ScoreGradArgs& p) {
   }
 }
 
-template <class T> void aggregate_of(const AggregateArgs& p) {
+template <class T>
+void aggregate_of(const AggregateArgs& p) {
   using Accum = AccumOf<T>;
   const Shape& s = p.shape;
   const Routing& r = p.routing;
@@ -213,7 +229,8 @@ Accum backward_row(const Accum* da, const T* h, Accum score, const Activation& a
   return sum;
 }
 
-template <ActivationKind kind, class T> void down_proj_bwd_of(const DownProjBwdArgs& p) {
+template <ActivationKind kind, class T>
+void down_proj_bwd_of(const DownProjBwdArgs& p) {
   using Accum = AccumOf<T>;
   const Shape& s = p.shape;
   const int64_t planes = s.planes(), n = s.n, d = s.d;
@@ -237,7 +254,8 @@ template <ActivationKind kind, class T> void down_proj_bwd_of(const DownProjBwdA
 }
 
 // ---- dX~ -------------------------------------------------------------------------------------------------------------------------
-template <class T> void up_proj_bwd_of(const UpProjBwdArgs& p) {
+template <class T>
+void up_proj_bwd_of(const UpProjBwdArgs& p) {
   using Accum = AccumOf<T>;
   const Shape& s = p.shape;
   const int64_t planes = s.planes(), n = s.n, d = s.d;
@@ -248,7 +266,8 @@ template <class T> void up_proj_bwd_of(const UpProjBwdArgs& p) {
     const auto dh = rows_operand(static_cast<const T*>(p.dh), planes * n, nullptr, t.first, t.rows, 0, planes * n, kLeft);
     Accum* c = scratch<Accum>(kTile, M * d);
     if (planes == 2) gemm({GemmLayout::NN, s.dtype, false, M, d, n, dh.data, dh.ld, expert_base<T>(p.w1_gate, t.expert), p.w1_gate.row_stride, c, d});
-    gemm({GemmLayout::NN, s.dtype, planes == 2, M, d, n, dh.data + (planes - 1) * n, dh.ld, expert_base<T>(p.w1_up, t.expert), p.w1_up.row_stride, c, d});
+    gemm({GemmLayout::NN, s.dtype, planes == 2, M, d, n, dh.data + (planes - 1) * n, dh.ld, expert_base<T>(p.w1_up, t.expert), p.w1_up.row_stride, c,
+          d});
     for (int64_t i = 0; i < t.rows; i++) {
       T* out = static_cast<T*>(p.dx_rows) + (t.first + i) * d;
       for (int64_t j = 0; j < d; j++) out[j] = static_cast<T>(c[i * d + j]);
@@ -259,7 +278,8 @@ template <class T> void up_proj_bwd_of(const UpProjBwdArgs& p) {
 
 // ---- dW2, dW1 --------------------------------------------------------------------------------------------------------------------
 // Adds a dense fp32 (fp64) tile to, or stores it into, rows of a weight gradient.
-template <class Out, class Accum> void store_rows(const Accum* c, int64_t rows, int64_t cols, Out* out, int64_t row_stride, bool accumulate) {
+template <class Out, class Accum>
+void store_rows(const Accum* c, int64_t rows, int64_t cols, Out* out, int64_t row_stride, bool accumulate) {
   for (int64_t i = 0; i < rows; i++, c += cols, out += row_stride) {
     if (accumulate) {
       for (int64_t j = 0; j < cols; j++) out[j] = static_cast<Out>(static_cast<Accum>(out[j]) + c[j]);
@@ -270,12 +290,18 @@ template <class Out, class Accum> void store_rows(const Accum* c, int64_t rows, 
 }
 
 // P_e[rows first .. first + count, cols] = sum over the rows r of expert e of left_r[first + i] right_r[j], in blocks of kTokenBlock rows.
-template <class T> struct Reduction {
-  const T* left;   int64_t left_ld;   const int32_t* left_token;
-  const T* right;  int64_t right_ld;  const int32_t* right_token;
+template <class T>
+struct Reduction {
+  const T* left;
+  int64_t left_ld;
+  const int32_t* left_token;
+  const T* right;
+  int64_t right_ld;
+  const int32_t* right_token;
   int64_t cols;
 };
-template <class T> void reduce_rows(const Shape& s, const Routing& r, const Reduction<T>& p, int64_t e, int64_t first, int64_t count, AccumOf<T>* c) {
+template <class T>
+void reduce_rows(const Shape& s, const Routing& r, const Reduction<T>& p, int64_t e, int64_t first, int64_t count, AccumOf<T>* c) {
   const int64_t begin = r.offsets[e], end = r.offsets[e + 1];
   if (begin == end) std::fill(c, c + count * p.cols, AccumOf<T>(0));
   for (int64_t row = begin; row < end; row += kTokenBlock) {
@@ -286,8 +312,8 @@ template <class T> void reduce_rows(const Shape& s, const Routing& r, const Redu
   }
 }
 
-template <class T, class Out> void weight_grad_of(const Shape& s, const Routing& r, const Reduction<T>& p, int64_t rows_of_weight, const MutableWeight& dw,
-                                                  bool accumulate) {
+template <class T, class Out>
+void weight_grad_of(const Shape& s, const Routing& r, const Reduction<T>& p, int64_t rows_of_weight, const MutableWeight& dw, bool accumulate) {
   using Accum = AccumOf<T>;
   const int64_t row_tiles_of_weight = ceil_div(rows_of_weight, kRowTile);
   parallel_for(s.E * row_tiles_of_weight, [&](int64_t item) {
@@ -302,7 +328,8 @@ template <class T, class Out> void weight_grad_of(const Shape& s, const Routing&
 // ---- db1, db2 --------------------------------------------------------------------------------------------------------------------
 // Column sums over the rows of an expert, each row times its factor, in row order.
 template <class T, class Out, class Factor>
-void column_sums(const Shape& s, const Routing& r, const T* rows, int64_t ld, const int32_t* token, int64_t cols, const MutableBias& out, bool accumulate, Factor factor) {
+void column_sums(const Shape& s, const Routing& r, const T* rows, int64_t ld, const int32_t* token, int64_t cols, const MutableBias& out,
+                 bool accumulate, Factor factor) {
   using Accum = AccumOf<T>;
   if (!out.base) return;
   parallel_for(s.E, [&](int64_t e) {
@@ -319,10 +346,12 @@ void column_sums(const Shape& s, const Routing& r, const T* rows, int64_t ld, co
 }
 
 // f(type of the layer, type of the gradients)
-template <class F> void dispatch_grad(const Shape& s, DType out, F&& f) {
+template <class F>
+void dispatch_grad(const Shape& s, DType out, F&& f) {
   dispatch_float(s.dtype, [&](auto layer) {
     using T = typename decltype(layer)::type;
-    if (out == s.dtype) f(layer, layer); else if constexpr (!std::is_same_v<T, double>) f(layer, std::type_identity<float>());
+    if (out == s.dtype) f(layer, layer);
+    else if constexpr (!std::is_same_v<T, double>) f(layer, std::type_identity<float>());
   });
 }
 
@@ -357,7 +386,8 @@ void up_proj_bwd(const UpProjBwdArgs& p, Stream) {
 void weight_grad_w2(const WeightGradW2Args& p, Stream) {
   dispatch_grad(p.shape, p.out_dtype, [&](auto type, auto out) {
     using T = typename decltype(type)::type;
-    const Reduction<T> product{static_cast<const T*>(p.d_o), p.shape.d, p.routing.token, static_cast<const T*>(p.a_prime), p.shape.n, nullptr, p.shape.n};
+    const Reduction<T> product{
+        static_cast<const T*>(p.d_o), p.shape.d, p.routing.token, static_cast<const T*>(p.a_prime), p.shape.n, nullptr, p.shape.n};
     weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, p.shape.d, p.dw2, p.accumulate);
   });
 }
@@ -366,8 +396,10 @@ void weight_grad_w1(const WeightGradW1Args& p, Stream) {
     using T = typename decltype(type)::type;
     const int64_t planes = p.shape.planes(), n = p.shape.n;
     for (int64_t plane = 0; plane < planes; plane++) {
-      const Reduction<T> product{static_cast<const T*>(p.dh) + plane * n, planes * n, nullptr, static_cast<const T*>(p.x), p.shape.d, p.routing.token, p.shape.d};
-      weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, n, planes == 2 && plane == 0 ? p.dw1_gate : p.dw1_up, p.accumulate);
+      const Reduction<T> product{
+          static_cast<const T*>(p.dh) + plane * n, planes * n, nullptr, static_cast<const T*>(p.x), p.shape.d, p.routing.token, p.shape.d};
+      weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, n, planes == 2 && plane == 0 ? p.dw1_gate : p.dw1_up,
+                                                      p.accumulate);
     }
   });
 }

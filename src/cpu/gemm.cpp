@@ -10,7 +10,8 @@ namespace machmoe::cpu {
 namespace {
 
 // sum_k a_k b_k in 16 interleaved partial sums: a fixed order that vectorises.
-template <class Accum, class T> Accum dot(const T* a, const T* b, int64_t count) {
+template <class Accum, class T>
+Accum dot(const T* a, const T* b, int64_t count) {
   Accum part[16] = {};
   int64_t k = 0;
   for (; k + 16 <= count; k += 16)
@@ -21,7 +22,8 @@ template <class Accum, class T> Accum dot(const T* a, const T* b, int64_t count)
   return sum;
 }
 
-template <class T> void plain(const Gemm& g) {
+template <class T>
+void plain(const Gemm& g) {
   using Accum = AccumOf<T>;
   const auto *a = static_cast<const T*>(g.a), *b = static_cast<const T*>(g.b);
   for (int64_t i = 0; i < g.M; i++) {

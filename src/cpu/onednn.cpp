@@ -24,7 +24,7 @@ namespace machmoe::cpu::onednn {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr int kDlopenFlags = RTLD_NOW | RTLD_LOCAL;   // AddressSanitizer refuses DEEPBIND
+constexpr int kDlopenFlags = RTLD_NOW | RTLD_LOCAL;  // AddressSanitizer refuses DEEPBIND
 #else
 constexpr int kDlopenFlags = RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND;
 #endif
@@ -63,12 +63,13 @@ struct Library {
   decltype(&dnnl_matmul_desc_init) matmul_desc_init = nullptr;
   decltype(&dnnl_primitive_desc_create) primitive_desc_create = nullptr;
 #endif
-  int (*omp_get_max_threads)() = nullptr;    // absent in builds of oneDNN on another runtime
+  int (*omp_get_max_threads)() = nullptr;  // absent in builds of oneDNN on another runtime
   void (*omp_set_num_threads)(int) = nullptr;
   dnnl_engine_t engine = nullptr;
   bool native_bf16 = false;
 
-  template <class F> bool find(F& function, const char* name) {
+  template <class F>
+  bool find(F& function, const char* name) {
     function = reinterpret_cast<F>(dlsym(handle, name));
     if (!function) status = fmt::format("no oneDNN: {} lacks {}", "libdnnl", name);
     return function != nullptr;
@@ -83,13 +84,15 @@ struct Library {
     }
     bool ok = find(version, "dnnl_version") && find(engine_create, "dnnl_engine_create") && find(stream_create, "dnnl_stream_create") &&
               find(attr_create, "dnnl_primitive_attr_create") && find(attr_destroy, "dnnl_primitive_attr_destroy") &&
-              find(attr_set_scratchpad_mode, "dnnl_primitive_attr_set_scratchpad_mode") && find(attr_set_post_ops, "dnnl_primitive_attr_set_post_ops") &&
-              find(post_ops_create, "dnnl_post_ops_create") && find(post_ops_destroy, "dnnl_post_ops_destroy") &&
-              find(post_ops_append_sum, "dnnl_post_ops_append_sum") && find(primitive_desc_destroy, "dnnl_primitive_desc_destroy") &&
-              find(query_md, "dnnl_primitive_desc_query_md") && find(desc_get_size, "dnnl_memory_desc_get_size") && find(primitive_create, "dnnl_primitive_create") &&
+              find(attr_set_scratchpad_mode, "dnnl_primitive_attr_set_scratchpad_mode") &&
+              find(attr_set_post_ops, "dnnl_primitive_attr_set_post_ops") && find(post_ops_create, "dnnl_post_ops_create") &&
+              find(post_ops_destroy, "dnnl_post_ops_destroy") && find(post_ops_append_sum, "dnnl_post_ops_append_sum") &&
+              find(primitive_desc_destroy, "dnnl_primitive_desc_destroy") && find(query_md, "dnnl_primitive_desc_query_md") &&
+              find(desc_get_size, "dnnl_memory_desc_get_size") && find(primitive_create, "dnnl_primitive_create") &&
               find(primitive_execute, "dnnl_primitive_execute") && find(memory_create, "dnnl_memory_create") &&
               find(memory_set_data_handle, "dnnl_memory_set_data_handle") && find(effective_cpu_isa, "dnnl_get_effective_cpu_isa") &&
-              find(primitive_destroy, "dnnl_primitive_destroy") && find(memory_destroy, "dnnl_memory_destroy") && find(stream_destroy, "dnnl_stream_destroy");
+              find(primitive_destroy, "dnnl_primitive_destroy") && find(memory_destroy, "dnnl_memory_destroy") &&
+              find(stream_destroy, "dnnl_stream_destroy");
 #if DNNL_VERSION_MAJOR >= 3
     ok = ok && find(desc_create_with_strides, "dnnl_memory_desc_create_with_strides") && find(desc_destroy, "dnnl_memory_desc_destroy") &&
          find(matmul_primitive_desc_create, "dnnl_matmul_primitive_desc_create");
@@ -192,7 +195,8 @@ class Matmul {
     check(lib.memory_set_data_handle(memory_[0], const_cast<void*>(a)), "set_data_handle");
     check(lib.memory_set_data_handle(memory_[1], const_cast<void*>(b)), "set_data_handle");
     check(lib.memory_set_data_handle(memory_[2], c), "set_data_handle");
-    const dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, memory_[0]}, {DNNL_ARG_WEIGHTS, memory_[1]}, {DNNL_ARG_DST, memory_[2]}, {DNNL_ARG_SCRATCHPAD, memory_[3]}};
+    const dnnl_exec_arg_t args[] = {
+        {DNNL_ARG_SRC, memory_[0]}, {DNNL_ARG_WEIGHTS, memory_[1]}, {DNNL_ARG_DST, memory_[2]}, {DNNL_ARG_SCRATCHPAD, memory_[3]}};
     check(lib.primitive_execute(primitive_, stream_, 4, args), "primitive_execute");
   }
 
@@ -223,7 +227,7 @@ class Matmul {
 
   dnnl_primitive_t primitive_ = nullptr;
   dnnl_stream_t stream_ = nullptr;
-  std::array<dnnl_memory_t, 4> memory_{};   // A, B, C, scratchpad
+  std::array<dnnl_memory_t, 4> memory_{};  // A, B, C, scratchpad
   std::vector<uint8_t> scratch_;
 };
 

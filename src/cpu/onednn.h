@@ -8,7 +8,7 @@
 namespace machmoe::cpu::onednn {
 
 bool available();
-std::string description();   // version, or why it is not there
-void matmul(const Gemm&);    // F32 or BF16
+std::string description();  // version, or why it is not there
+void matmul(const Gemm&);   // F32 or BF16
 
 }  // namespace machmoe::cpu::onednn

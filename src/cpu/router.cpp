@@ -14,19 +14,22 @@
 namespace machmoe::cpu {
 namespace {
 
-constexpr int64_t kTokenBlock = 256;   // sums over tokens are made of these blocks, in order
+constexpr int64_t kTokenBlock = 256;  // sums over tokens are made of these blocks, in order
 int64_t blocks_of(int64_t T) { return (T + kTokenBlock - 1) / kTokenBlock; }
 
 // Calls f(t) for the tokens of one block.
-template <class F> void for_tokens(int64_t block, int64_t T, F&& f) {
+template <class F>
+void for_tokens(int64_t block, int64_t T, F&& f) {
   for (int64_t t = block * kTokenBlock; t < std::min(T, (block + 1) * kTokenBlock); t++) f(t);
 }
 
-template <class Accum, class Logit> void read_row(const Logit* logits, int64_t E, Accum* out) {
+template <class Accum, class Logit>
+void read_row(const Logit* logits, int64_t E, Accum* out) {
   for (int64_t e = 0; e < E; e++) out[e] = static_cast<Accum>(logits[e]);
 }
 
-template <class Accum> void softmax(const Accum* x, int64_t count, Accum* out) {
+template <class Accum>
+void softmax(const Accum* x, int64_t count, Accum* out) {
   const Accum top = *std::max_element(x, x + count);
   Accum sum = 0;
   for (int64_t i = 0; i < count; i++) sum += out[i] = std::exp(x[i] - top);
@@ -34,9 +37,13 @@ template <class Accum> void softmax(const Accum* x, int64_t count, Accum* out) {
 }
 
 // NaN ranks highest, as in torch.topk: the weights then are NaN, and nothing hides it.
-template <class Accum> Accum rank_value(Accum x) { return std::isnan(x) ? std::numeric_limits<Accum>::infinity() : x; }
+template <class Accum>
+Accum rank_value(Accum x) {
+  return std::isnan(x) ? std::numeric_limits<Accum>::infinity() : x;
+}
 
-template <class Logit> void topk_of(const TopkArgs& p) {
+template <class Logit>
+void topk_of(const TopkArgs& p) {
   using Accum = AccumOf<Logit>;
   const auto* logits = static_cast<const Logit*>(p.logits);
   auto* weights = static_cast<Accum*>(p.weights);
@@ -82,7 +89,8 @@ template <class Logit> void topk_of(const TopkArgs& p) {
 }
 
 // dS of a slot, summed over the column tiles in order; 0 for a dropped slot.
-template <class Accum> Accum score_gradient(const TopkBackwardArgs& p, int64_t slot) {
+template <class Accum>
+Accum score_gradient(const TopkBackwardArgs& p, int64_t slot) {
   if (p.dweights) return static_cast<const Accum*>(p.dweights)[slot];
   const int64_t row = p.inverse[slot];
   Accum sum = 0;
@@ -90,7 +98,8 @@ template <class Accum> Accum score_gradient(const TopkBackwardArgs& p, int64_t s
   return sum;
 }
 
-template <class Logit> void topk_backward_of(const TopkBackwardArgs& p) {
+template <class Logit>
+void topk_backward_of(const TopkBackwardArgs& p) {
   using Accum = AccumOf<Logit>;
   const auto* logits = static_cast<const Logit*>(p.logits);
   const auto* weights = static_cast<const Accum*>(p.weights);
@@ -105,7 +114,7 @@ template <class Logit> void topk_backward_of(const TopkBackwardArgs& p) {
       const int32_t* ids = p.ids + t * K;
       const Accum* w = weights + t * K;
       std::fill(d.begin(), d.end(), Accum(0));
-      Accum mean = 0;   // sum of w dw over the selected: the softmax's own term
+      Accum mean = 0;  // sum of w dw over the selected: the softmax's own term
       for (int64_t k = 0; k < K; k++) {
         d[ids[k]] = score_gradient<Accum>(p, t * K + k);
         mean += w[k] * d[ids[k]];

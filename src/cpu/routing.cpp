@@ -42,13 +42,15 @@ void index_tokens(const Shape& s, const Routing& r) {
 }
 
 // The scores that the caller gave, in row order; rows past R get 0.
-template <class Source> void permute_scores(const Shape& s, const Routing& r, const Source* scores, std::span<const int32_t> order) {
+template <class Source>
+void permute_scores(const Shape& s, const Routing& r, const Source* scores, std::span<const int32_t> order) {
   using Accum = AccumOf<Source>;
   const auto put = [&](auto* out) {
     for (size_t row = 0; row < order.size(); row++) out[row] = static_cast<Accum>(scores[order[row]]);
     std::fill(out + order.size(), out + s.R_cap, Accum(0));
   };
-  if (s.accum() == DType::F64) put(static_cast<double*>(r.score)); else put(static_cast<float*>(r.score));
+  if (s.accum() == DType::F64) put(static_cast<double*>(r.score));
+  else put(static_cast<float*>(r.score));
 }
 
 }  // namespace
@@ -81,9 +83,7 @@ void index_topk(const IndexTopkArgs& p, Stream) {
     p.out.token[row] = static_cast<int32_t>(slot / s.K);
     if (p.out.expert) p.out.expert[row] = static_cast<int32_t>(expert);
   }
-  dispatch_float(p.weights_dtype, [&](auto tag) {
-    permute_scores(s, p.out, static_cast<const typename decltype(tag)::type*>(p.weights), order);
-  });
+  dispatch_float(p.weights_dtype, [&](auto tag) { permute_scores(s, p.out, static_cast<const typename decltype(tag)::type*>(p.weights), order); });
   if (p.order) std::copy(order.begin(), order.end(), p.order);
   clear_rows_past(R, s, p.out, p.order);
 }
@@ -109,8 +109,8 @@ void index_lists(const IndexListsArgs& p, Stream) {
     const auto begin = order.begin() + p.out.offsets[e], end = order.begin() + p.out.offsets[e + 1];
     std::sort(begin, end, [&](int32_t a, int32_t b) { return tokens[a] < tokens[b]; });
     for (auto it = begin; it != end; ++it) {
-      MACHMOE_CHECK(it == begin || tokens[*it] != tokens[it[-1]], "the pair (token {}, expert {}) occurs twice, expected different pairs: add their scores",
-                    tokens[*it], e);
+      MACHMOE_CHECK(it == begin || tokens[*it] != tokens[it[-1]],
+                    "the pair (token {}, expert {}) occurs twice, expected different pairs: add their scores", tokens[*it], e);
       const int64_t row = it - order.begin();
       p.out.token[row] = static_cast<int32_t>(tokens[*it]);
       if (p.out.expert) p.out.expert[row] = static_cast<int32_t>(e);
@@ -137,8 +137,8 @@ void index_rows(const IndexRowsArgs& p, Stream) {
     for (int64_t row = p.out.offsets[e]; row < p.out.offsets[e + 1]; row++) {
       const int32_t token = p.out.token[row];
       MACHMOE_CHECK(token >= 0 && token < s.T, "token[{}] is {}, expected a token in 0 .. {}", row, token, s.T - 1);
-      MACHMOE_CHECK(row == p.out.offsets[e] || p.out.token[row - 1] < token, "token[{}] is {} after {} in expert {}, expected ascending tokens", row, token,
-                    p.out.token[row - 1], e);
+      MACHMOE_CHECK(row == p.out.offsets[e] || p.out.token[row - 1] < token, "token[{}] is {} after {} in expert {}, expected ascending tokens", row,
+                    token, p.out.token[row - 1], e);
     }
   }
   index_tokens(s, p.out);

@@ -8,7 +8,8 @@
 
 namespace machmoe::cpu {
 
-template <class Fn> auto dispatch_float(DType dtype, Fn&& f) {
+template <class Fn>
+auto dispatch_float(DType dtype, Fn&& f) {
   switch (dtype) {
     case DType::F32: return f(std::type_identity<float>());
     case DType::BF16: return f(std::type_identity<BF16>());
@@ -19,6 +20,7 @@ template <class Fn> auto dispatch_float(DType dtype, Fn&& f) {
 }
 
 // Scores, dS and accumulation: double beside double, else float.
-template <class T> using AccumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+using AccumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 }  // namespace machmoe::cpu

@@ -16,7 +16,7 @@ namespace {
 
 // Orders candidates of one expert or one token: higher score first, then the lower index. Scores are in [0, 1], so their bits are monotone.
 uint64_t rank_key(float score, uint32_t index) {
-  return uint64_t(std::bit_cast<uint32_t>(score + 0.f)) << 32 | (0xFFFFFFFFu - index);   // + 0.f: -0 ranks as 0
+  return uint64_t(std::bit_cast<uint32_t>(score + 0.f)) << 32 | (0xFFFFFFFFu - index);  // + 0.f: -0 ranks as 0
 }
 uint32_t index_of(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
 
@@ -38,7 +38,7 @@ void mark_topk(const TokenRoundArgs& p, std::vector<uint8_t>& chosen) {
 
 // The candidates of an expert in two groups, both unordered: its f top-K tokens first, then all others.
 struct Ranking {
-  std::vector<uint64_t> keys;   // [T]
+  std::vector<uint64_t> keys;  // [T]
   int64_t f = 0;
 };
 Ranking rank_tokens(const TokenRoundArgs& p, int64_t e, const uint8_t* chosen) {
@@ -47,7 +47,8 @@ Ranking rank_tokens(const TokenRoundArgs& p, int64_t e, const uint8_t* chosen) {
   int64_t last = T;
   for (int64_t t = 0; t < T; t++) {
     const uint64_t key = rank_key(p.scores[t * E + e], static_cast<uint32_t>(t));
-    if (chosen[t]) r.keys[r.f++] = key; else r.keys[--last] = key;
+    if (chosen[t]) r.keys[r.f++] = key;
+    else r.keys[--last] = key;
   }
   return r;
 }
@@ -79,7 +80,7 @@ size_t token_round_scratch(const Shape&) { return 0; }
 
 void token_round(const TokenRoundArgs& p, Stream) {
   const int64_t T = p.shape.T, E = p.shape.E;
-  const bool rounding = T >= p.tile;   // fewer tokens than one tile: plain top-K
+  const bool rounding = T >= p.tile;  // fewer tokens than one tile: plain top-K
   const int32_t tile = static_cast<int32_t>(p.tile);
   std::vector<uint8_t> chosen(static_cast<size_t>(T * E), 0);
   mark_topk(p, chosen);

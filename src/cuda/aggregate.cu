@@ -21,7 +21,7 @@ struct AggregateParams {
   bf16* out;
   const float* ds_parts;
   int64_t parts;
-  void* dscore;          // null: no score gradient
+  void* dscore;  // null: no score gradient
   DType dscore_dtype;
 };
 
@@ -46,13 +46,15 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
   int64_t low = 0, high = E;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (offsets[middle] <= row) low = middle; else high = middle;
+    if (offsets[middle] <= row) low = middle;
+    else high = middle;
   }
   return static_cast<int>(low);
 }
 
-template <bool kWeighted, bool kBias> __global__ void __launch_bounds__(256) aggregate_kernel(const __grid_constant__ AggregateParams p) {
-  constexpr int kUnroll = 4;   // rows in flight per thread
+template <bool kWeighted, bool kBias>
+__global__ void __launch_bounds__(256) aggregate_kernel(const __grid_constant__ AggregateParams p) {
+  constexpr int kUnroll = 4;  // rows in flight per thread
   const int64_t t = blockIdx.x;
   const int begin = p.topk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = p.topk ? begin + p.K : p.routing.token_offsets[t + 1];
   const auto* score = static_cast<const float*>(p.routing.score);
@@ -98,9 +100,23 @@ void aggregate(const AggregateArgs& a, Stream stream) {
     if (a.score_grad.dscore) score_grad(a.score_grad, stream);
     return;
   }
-  const AggregateParams p{a.routing, s.T, s.d, s.E, s.R_cap, static_cast<int>(s.K), s.kind == RoutingKind::TopK, a.weighted,
-                          static_cast<const bf16*>(a.y), static_cast<const bf16*>(a.addend), static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride,
-                          static_cast<bf16*>(a.out), static_cast<const float*>(a.score_grad.ds_parts), a.score_grad.parts, a.score_grad.dscore,
+  const AggregateParams p{a.routing,
+                          s.T,
+                          s.d,
+                          s.E,
+                          s.R_cap,
+                          static_cast<int>(s.K),
+                          s.kind == RoutingKind::TopK,
+                          a.weighted,
+                          static_cast<const bf16*>(a.y),
+                          static_cast<const bf16*>(a.addend),
+                          static_cast<const bf16*>(a.b2.base),
+                          a.b2.stride,
+                          a.b2.expert_stride,
+                          static_cast<bf16*>(a.out),
+                          static_cast<const float*>(a.score_grad.ds_parts),
+                          a.score_grad.parts,
+                          a.score_grad.dscore,
                           a.score_grad.dscore_dtype};
   const auto blocks = static_cast<unsigned>(s.T);
   const auto threads = static_cast<unsigned>(std::min<int64_t>(256, (s.d / 8 + 31) / 32 * 32));

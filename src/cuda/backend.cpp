@@ -13,14 +13,16 @@ namespace {
 
 void check_shape(const Shape& s) {
   validate(s);
-  MACHMOE_SUPPORTED(s.dtype == DType::BF16, "dtype is {}, expected BF16 (1) on CUDA: cast the tensors to bfloat16, or use autocast", static_cast<int>(s.dtype));
+  MACHMOE_SUPPORTED(s.dtype == DType::BF16, "dtype is {}, expected BF16 (1) on CUDA: cast the tensors to bfloat16, or use autocast",
+                    static_cast<int>(s.dtype));
   MACHMOE_SUPPORTED(s.E <= cuda::kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, cuda::kMaxExperts);
 }
 
 // "" with a GPU of compute capability 9.0 that this process can use.
 std::string find_gpu() {
   int devices = 0;
-  if (const cudaError_t status = cudaGetDeviceCount(&devices); status != cudaSuccess) return fmt::format("no CUDA device: {}", cudaGetErrorString(status));
+  if (const cudaError_t status = cudaGetDeviceCount(&devices); status != cudaSuccess)
+    return fmt::format("no CUDA device: {}", cudaGetErrorString(status));
   for (int device = 0; device < devices; device++) {
     int major = 0, minor = 0;
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&

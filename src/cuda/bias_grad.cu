@@ -10,19 +10,20 @@ namespace {
 constexpr int kColumns = 64, kRowLanes = 32, kThreads = 256;
 
 struct ColumnSum {
-  const bf16* rows;        // row r of plane p starts at rows + (token ? token[r] : r) ld + p columns
+  const bf16* rows;  // row r of plane p starts at rows + (token ? token[r] : r) ld + p columns
   int64_t ld;
   const int* token;
-  const float* score;      // factor of a row, null: 1
+  const float* score;  // factor of a row, null: 1
   const int* offsets;
   int64_t columns;
-  MutableBias out[2];      // of each plane
+  MutableBias out[2];  // of each plane
   bool accumulate;
 };
 
 // grid: column chunks, experts, planes
-template <class Out> __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_constant__ ColumnSum p) {
-  constexpr int kUnroll = 4;   // loads in flight
+template <class Out>
+__global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_constant__ ColumnSum p) {
+  constexpr int kUnroll = 4;  // loads in flight
   __shared__ float partial[kRowLanes][kColumns + 4];
   const int e = blockIdx.y, lane = threadIdx.x % 8, group = threadIdx.x / 8, plane = blockIdx.z;
   const int64_t first = int64_t{blockIdx.x} * kColumns, column = first + lane * 8;
@@ -78,8 +79,10 @@ void bias_grad(const BiasGradArgs& a, Stream stream) {
   const auto* score = static_cast<const float*>(a.routing.score);
   if (a.db1_up.base) {
     const bool gated = s.act.gated();
-    launch(a, {static_cast<const bf16*>(a.dh), s.planes() * s.n, nullptr, nullptr, offsets, s.n, {gated ? a.db1_gate : a.db1_up, a.db1_up}, a.accumulate},
-           s.planes(), stream);
+    launch(
+        a,
+        {static_cast<const bf16*>(a.dh), s.planes() * s.n, nullptr, nullptr, offsets, s.n, {gated ? a.db1_gate : a.db1_up, a.db1_up}, a.accumulate},
+        s.planes(), stream);
   }
   if (a.db2.base) launch(a, {static_cast<const bf16*>(a.d_o), s.d, a.routing.token, score, offsets, s.d, {a.db2, {}}, a.accumulate}, 1, stream);
 }

@@ -4,7 +4,7 @@
 
 namespace machmoe::cuda {
 
-constexpr int64_t kMaxExperts = 4096;   // of the index ops and the router: an expert's counters fit in shared memory
+constexpr int64_t kMaxExperts = 4096;  // of the index ops and the router: an expert's counters fit in shared memory
 
 // metadata.cu
 size_t index_scratch(const Shape&);
@@ -27,7 +27,7 @@ namespace hopper {
 void up_proj(const UpProjArgs&, Stream);
 void down_proj(const DownProjArgs&, Stream);
 void down_proj_bwd(const DownProjBwdArgs&, Stream);
-int64_t ds_parts(const Shape&);   // column tiles of the dH kernel
+int64_t ds_parts(const Shape&);  // column tiles of the dH kernel
 void up_proj_bwd(const UpProjBwdArgs&, Stream);
 void weight_grad_w2(const WeightGradW2Args&, Stream);
 void weight_grad_w1(const WeightGradW1Args&, Stream);

@@ -5,16 +5,17 @@
 #include "core/check.h"
 #include "core/types.h"
 
-#define MACHMOE_CUDA_CALL(call) \
-  do { \
-    if (const cudaError_t status_ = (call); status_ != cudaSuccess) \
-      throw ::machmoe::Error(::machmoe::Status::Backend, fmt::format("{} failed: {} ({})", #call, cudaGetErrorString(status_), cudaGetErrorName(status_))); \
+#define MACHMOE_CUDA_CALL(call)                                                                                                 \
+  do {                                                                                                                          \
+    if (const cudaError_t status_ = (call); status_ != cudaSuccess)                                                             \
+      throw ::machmoe::Error(::machmoe::Status::Backend,                                                                        \
+                             fmt::format("{} failed: {} ({})", #call, cudaGetErrorString(status_), cudaGetErrorName(status_))); \
   } while (0)
 
 namespace machmoe::cuda {
 
 inline cudaStream_t stream_of(Stream s) { return static_cast<cudaStream_t>(s.handle); }
 
-int num_sms();   // of the current device, asked for once per device
+int num_sms();  // of the current device, asked for once per device
 
 }  // namespace machmoe::cuda

@@ -16,19 +16,19 @@ namespace machmoe::cuda {
 namespace {
 
 constexpr int kWarps = kIndexThreads / 32;
-constexpr int kPerLane = 4;                             // slots of a lane
-constexpr int kBlockSlots = kIndexThreads * kPerLane;   // slots of a block, in order of warps
+constexpr int kPerLane = 4;                            // slots of a lane
+constexpr int kBlockSlots = kIndexThreads * kPerLane;  // slots of a block, in order of warps
 constexpr int kWarpSlots = 32 * kPerLane;
 
 int64_t blocks_of(int64_t slots) { return std::max<int64_t>(1, (slots + kBlockSlots - 1) / kBlockSlots); }
 
 struct SortParams {
-  int64_t slots;    // = R_cap
+  int64_t slots;  // = R_cap
   int E;
-  int* histogram;   // [blocks][E]
+  int* histogram;  // [blocks][E]
   Routing out;
   WorkList work;
-  int* order;       // optional
+  int* order;  // optional
 };
 
 // How often each expert occurs in each warp's slots: bytes (a warp has 128 slots), those of an expert side by side. The odd pitch of 9 words
@@ -60,8 +60,8 @@ class WarpCounters {
 
 struct SortMemory {
   ExpertScan scan;
-  int* before;             // [E] rows of earlier blocks
-  int* total;              // [E] rows of all blocks; lies in scan.tiles, which is written later
+  int* before;  // [E] rows of earlier blocks
+  int* total;   // [E] rows of all blocks; lies in scan.tiles, which is written later
   WarpCounters counters;
   __device__ SortMemory(int E, int* memory) : scan(memory, E), before(memory + ExpertScan::ints(E)), total(scan.tiles), counters(before + E) {}
   static size_t bytes(int64_t E) { return sizeof(int) * static_cast<size_t>(ExpertScan::ints(E) + E + WarpCounters::ints(E)); }
@@ -85,14 +85,15 @@ __device__ inline unsigned same_value(int value, int bits) {
   return same;
 }
 
-template <class Id> __device__ LaneSlots count_slots(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
+template <class Id>
+__device__ LaneSlots count_slots(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
   m.counters.clear(p.E);
   LaneSlots slots;
 #pragma unroll
   for (int i = 0; i < kPerLane; i++) {
     const int64_t slot = slot_of(block, i);
     const uint64_t id = slot < p.slots ? static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) : ~uint64_t{0};
-    slots.expert[i] = id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;   // a negative id is a huge one
+    slots.expert[i] = id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;  // a negative id is a huge one
   }
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bits = 32 - __clz(p.E);
@@ -109,7 +110,8 @@ template <class Id> __device__ LaneSlots count_slots(const SortParams& p, const 
   __syncthreads();
   return slots;
 }
-template <class Id> __device__ void histogram_phase(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
+template <class Id>
+__device__ void histogram_phase(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
   count_slots(p, m, ids, block);
   for (int e = threadIdx.x; e < p.E; e += kIndexThreads) p.histogram[int64_t{block} * p.E + e] = m.counters.sum(e, kWarps);
   __syncthreads();
@@ -135,7 +137,8 @@ __device__ inline void sum_histograms(const SortParams& p, const SortMemory& m, 
 }
 
 // put(slot, row) for every kept slot of this block; a dropped one gets inverse -1.
-template <class Id, class Put> __device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids, int block, int blocks, Put put) {
+template <class Id, class Put>
+__device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids, int block, int blocks, Put put) {
   sum_histograms(p, m, block, blocks);
   m.scan.run(p.E, p.slots, [&](int e) { return m.total[e]; });
   write_work(m.scan, p.E, block, blocks, p.out.counts, p.out.offsets, p.work);
@@ -162,7 +165,8 @@ template <class Id, class Put> __device__ void scatter_phase(const SortParams& p
 }
 
 // ---- top-K ---------------------------------------------------------------------------------------------------------------------
-template <class Id> __global__ void __launch_bounds__(kIndexThreads, 1) topk_histogram_kernel(SortParams p, const Id* ids) {
+template <class Id>
+__global__ void __launch_bounds__(kIndexThreads, 1) topk_histogram_kernel(SortParams p, const Id* ids) {
   const SortMemory m(p.E, shared_memory);
   histogram_phase(p, m, ids, blockIdx.x);
 }
@@ -179,13 +183,15 @@ __global__ void __launch_bounds__(kIndexThreads, 1) topk_scatter_kernel(SortPara
 // ---- grouping by token ---------------------------------------------------------------------------------------------------------
 struct TokenGroups {
   int64_t T;
-  int* offsets;   // [T + 1] out: Routing::token_offsets
-  int* cursor;    // [T]
-  int* sums;      // [blocks of the grid]
-  int* bucket;    // [items] grouped by token, any order inside one
+  int* offsets;  // [T + 1] out: Routing::token_offsets
+  int* cursor;   // [T]
+  int* sums;     // [blocks of the grid]
+  int* bucket;   // [items] grouped by token, any order inside one
 };
 
-struct Span { int64_t begin, end; };
+struct Span {
+  int64_t begin, end;
+};
 __device__ inline Span block_share(int64_t items) {
   const int64_t each = (items + gridDim.x - 1) / gridDim.x, begin = min(each * blockIdx.x, items);
   return {begin, min(begin + each, items)};
@@ -200,7 +206,8 @@ __device__ inline int block_sum(int value) {
 
 // put(item, slot) for the items of token_of(item) >= 0, slots grouped by token and ordered by `less` inside one. The whole cooperative grid calls it.
 template <class TokenOf, class Less, class Put>
-__device__ void group_by_token(const cooperative_groups::grid_group& grid, const TokenGroups& g, int64_t items, TokenOf token_of, Less less, Put put) {
+__device__ void group_by_token(const cooperative_groups::grid_group& grid, const TokenGroups& g, int64_t items, TokenOf token_of, Less less,
+                               Put put) {
   const int64_t first = int64_t{blockIdx.x} * kIndexThreads + threadIdx.x, step = int64_t{gridDim.x} * kIndexThreads;
   for (int64_t t = first; t < g.T; t += step) g.cursor[t] = 0;
   grid.sync();
@@ -246,11 +253,12 @@ struct ListsParams {
   SortParams sort;
   TokenGroups groups;
   const void *tokens, *experts;
-  const float* scores;     // optional
-  int *slot_expert, *slot_position;   // [slots] in (token, expert) order
+  const float* scores;               // optional
+  int *slot_expert, *slot_position;  // [slots] in (token, expert) order
 };
 
-template <class Id> __global__ void __launch_bounds__(kIndexThreads, 1) lists_kernel(ListsParams p) {
+template <class Id>
+__global__ void __launch_bounds__(kIndexThreads, 1) lists_kernel(ListsParams p) {
   const auto grid = cooperative_groups::this_grid();
   const auto* tokens = static_cast<const Id*>(p.tokens);
   const auto* experts = static_cast<const Id*>(p.experts);
@@ -296,29 +304,33 @@ __global__ void __launch_bounds__(kIndexThreads, 1) list_rows_kernel(Routing r, 
   const int R = r.offsets[E];
   for (int64_t i = R + int64_t{blockIdx.x} * kIndexThreads + threadIdx.x; i < R_cap; i += int64_t{gridDim.x} * kIndexThreads) r.inverse[i] = -1;
   group_by_token(
-      grid, groups, R, [&](int64_t row) -> int64_t { return static_cast<uint64_t>(int64_t{r.token[row]}) < static_cast<uint64_t>(groups.T) ? r.token[row] : -1; },
+      grid, groups, R,
+      [&](int64_t row) -> int64_t { return static_cast<uint64_t>(int64_t{r.token[row]}) < static_cast<uint64_t>(groups.T) ? r.token[row] : -1; },
       [](int a, int b) { return a < b; }, [&](int row, int slot) { r.inverse[slot] = row; });
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
 void check_experts(const Shape& s) { MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, kMaxExperts); }
 
-template <class Kernel> void allow_smem(Kernel kernel, size_t bytes) {
+template <class Kernel>
+void allow_smem(Kernel kernel, size_t bytes) {
   if (bytes > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
-template <class... Args> void launch_cooperative(void (*kernel)(Args...), int64_t items, size_t smem, Stream stream, Args... args) {
+template <class... Args>
+void launch_cooperative(void (*kernel)(Args...), int64_t items, size_t smem, Stream stream, Args... args) {
   allow_smem(kernel, smem);
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>((items + kIndexThreads - 1) / kIndexThreads, 1, num_sms()));
   void* pointers[] = {&args...};
-  MACHMOE_CUDA_CALL(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(blocks), dim3(kIndexThreads), pointers, smem, stream_of(stream)));
+  MACHMOE_CUDA_CALL(
+      cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(blocks), dim3(kIndexThreads), pointers, smem, stream_of(stream)));
 }
 
 struct Scratch {
   int* histogram;
-  int *cursor, *sums, *bucket, *slot_expert, *slot_position;   // lists
+  int *cursor, *sums, *bucket, *slot_expert, *slot_position;  // lists
 };
 Scratch book(const Shape& s, Workspace& ws) {
-  constexpr int kMaxGrid = 1024;   // SMs of any device
+  constexpr int kMaxGrid = 1024;  // SMs of any device
   Scratch b{};
   if (s.kind != RoutingKind::Rows) b.histogram = ws.take<int>(blocks_of(s.R_cap) * s.E);
   if (s.kind != RoutingKind::Lists) return b;
@@ -331,11 +343,16 @@ Scratch book(const Shape& s, Workspace& ws) {
 }
 TokenGroups token_groups(const Shape& s, const Routing& r, const Scratch& b) { return {s.T, r.token_offsets, b.cursor, b.sums, b.bucket}; }
 
-template <class F> void dispatch_ids(DType dtype, F&& f) {
-  if (dtype == DType::I64) f(int64_t{}); else f(int32_t{});
+template <class F>
+void dispatch_ids(DType dtype, F&& f) {
+  if (dtype == DType::I64) f(int64_t{});
+  else f(int32_t{});
 }
-template <class F> void dispatch_weights(DType dtype, F&& f) {
-  if (dtype == DType::BF16) f(__nv_bfloat16{}); else if (dtype == DType::F16) f(__half{}); else f(float{});
+template <class F>
+void dispatch_weights(DType dtype, F&& f) {
+  if (dtype == DType::BF16) f(__nv_bfloat16{});
+  else if (dtype == DType::F16) f(__half{});
+  else f(float{});
 }
 
 }  // namespace
@@ -371,7 +388,7 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
 void index_lists(const IndexListsArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
-  if (s.R_cap == 0) {   // no pairs: zero tokens are grouped, and the work list is empty
+  if (s.R_cap == 0) {  // no pairs: zero tokens are grouped, and the work list is empty
     MACHMOE_CUDA_CALL(cudaMemsetAsync(a.out.counts, 0, sizeof(int32_t) * static_cast<size_t>(s.E), stream_of(stream)));
     index_rows({s, a.out, a.scratch}, stream);
     return;
@@ -379,9 +396,14 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const ListsParams p{{s.R_cap, static_cast<int>(s.E), b.histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order},
-                      token_groups(s, a.out, b), a.token_ids, a.expert_ids, static_cast<const float*>(a.scores), b.slot_expert, b.slot_position};
+                      token_groups(s, a.out, b),
+                      a.token_ids,
+                      a.expert_ids,
+                      static_cast<const float*>(a.scores),
+                      b.slot_expert,
+                      b.slot_position};
   ListsParams q = p;
-  if (!a.scores) q.sort.out.score = nullptr;   // left alone, also past R
+  if (!a.scores) q.sort.out.score = nullptr;  // left alone, also past R
   dispatch_ids(a.ids_dtype, [&](auto id) { launch_cooperative(lists_kernel<decltype(id)>, s.R_cap, SortMemory::bytes(s.E), stream, q); });
 }
 
@@ -392,7 +414,8 @@ void index_rows(const IndexRowsArgs& a, Stream stream) {
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (s.kind == RoutingKind::Lists) {
     Workspace ws(a.scratch);
-    launch_cooperative(list_rows_kernel, std::max(s.R_cap, s.T), smem, stream, a.out, work, token_groups(s, a.out, book(s, ws)), static_cast<int>(s.E), s.R_cap);
+    launch_cooperative(list_rows_kernel, std::max(s.R_cap, s.T), smem, stream, a.out, work, token_groups(s, a.out, book(s, ws)),
+                       static_cast<int>(s.E), s.R_cap);
     return;
   }
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E, kTileRows) / kIndexThreads, 1, 32));

@@ -21,7 +21,7 @@ __device__ inline float warp_sum(float v) {
   for (int i = 16; i > 0; i /= 2) v += __shfl_xor_sync(kAllLanes, v, i);
   return v;
 }
-__device__ inline float warp_max(float v) {   // NaN wins
+__device__ inline float warp_max(float v) {  // NaN wins
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) {
     const float other = __shfl_xor_sync(kAllLanes, v, i);
@@ -31,7 +31,8 @@ __device__ inline float warp_max(float v) {   // NaN wins
 }
 
 // The best of 32 kPerLane candidates, ties to the lower index; candidate j of a lane has index 32 j + lane. Key 0: none.
-template <int kPerLane> struct WarpSelect {
+template <int kPerLane>
+struct WarpSelect {
   uint32_t key[kPerLane];
   uint32_t best = 0;
   int best_j = 0;

@@ -8,20 +8,21 @@
 namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
-constexpr int kItems = kMaxExperts / kIndexThreads;   // experts of a thread
+constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
 using IndexScan = cub::BlockScan<int, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
 // Exclusive sums over the experts, in shared memory; entry E is the total.
 struct ExpertScan {
-  int* rows;    // [E + 1] offsets
-  int* tiles;   // [E + 1] 128-row tiles before the expert
-  int* pairs;   // [E + 1] 256-row pairs before it
+  int* rows;   // [E + 1] offsets
+  int* tiles;  // [E + 1] 128-row tiles before the expert
+  int* pairs;  // [E + 1] 256-row pairs before it
 
   static constexpr int64_t ints(int64_t E) { return 3 * (E + 1); }
   __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)), pairs(memory + 2 * (E + 1)) {}
 
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles and pairs.
-  template <class Count> __device__ void run(int E, int64_t R_cap, Count count) {
+  template <class Count>
+  __device__ void run(int E, int64_t R_cap, Count count) {
     __shared__ typename IndexScan::TempStorage storage;
     const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
     int number[kItems], total;
@@ -50,7 +51,8 @@ __device__ inline int expert_of(const int* before, int E, int i) {
   int low = 0, high = E;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (before[middle] <= i) low = middle; else high = middle;
+    if (before[middle] <= i) low = middle;
+    else high = middle;
   }
   return low;
 }

@@ -10,7 +10,9 @@
 namespace machmoe::cuda {
 namespace {
 
-template <class Out> __global__ void __launch_bounds__(256) score_grad_kernel(Routing r, const float* parts, int64_t count, int64_t R_cap, int64_t E, bool topk, Out* out) {
+template <class Out>
+__global__ void __launch_bounds__(256)
+    score_grad_kernel(Routing r, const float* parts, int64_t count, int64_t R_cap, int64_t E, bool topk, Out* out) {
   const int64_t slot = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (slot >= R_cap) return;
   const int64_t row = topk ? r.inverse[slot] : slot < r.offsets[E] ? slot : -1;
@@ -25,8 +27,8 @@ void score_grad(const ScoreGradArgs& a, Stream stream) {
   const auto blocks = static_cast<unsigned>((s.R_cap + 255) / 256);
   const auto launch = [&](auto out) {
     using Out = decltype(out);
-    score_grad_kernel<<<blocks, 256, 0, stream_of(stream)>>>(a.routing, static_cast<const float*>(a.ds_parts), a.parts, s.R_cap, s.E, s.kind == RoutingKind::TopK,
-                                                             static_cast<Out*>(a.dscore));
+    score_grad_kernel<<<blocks, 256, 0, stream_of(stream)>>>(a.routing, static_cast<const float*>(a.ds_parts), a.parts, s.R_cap, s.E,
+                                                             s.kind == RoutingKind::TopK, static_cast<Out*>(a.dscore));
   };
   if (a.dscore_dtype == DType::BF16) launch(__nv_bfloat16{});
   else if (a.dscore_dtype == DType::F16) launch(__half{});

@@ -17,30 +17,30 @@ namespace machmoe::cuda {
 namespace {
 
 constexpr uint32_t kChosen = 1u << 30;
-constexpr int kMaxScoredTile = 2048;   // NrS sorts one tile of scores in shared memory
+constexpr int kMaxScoredTile = 2048;  // NrS sorts one tile of scores in shared memory
 
 struct Params {
   int64_t T, R_cap;
   int E, K, tile;
-  bool rounding;            // T >= tile
+  bool rounding;  // T >= tile
   RoundingRule rule;
   bool renormalize;
   uint64_t seed;
-  const float* scores;      // [T, E]
+  const float* scores;  // [T, E]
   Routing out;
   WorkList work;
-  uint32_t* keys;           // [E][T]
-  int* topk_count;          // [E]
-  int* token_count;         // [T]
-  unsigned* experts;        // [(E + 31) / 32][T] bit e % 32 of word e / 32: token t has expert e
-  uint2* threshold;         // [E] smallest kept key, and how many tokens of exactly that key are kept
+  uint32_t* keys;     // [E][T]
+  int* topk_count;    // [E]
+  int* token_count;   // [T]
+  unsigned* experts;  // [(E + 31) / 32][T] bit e % 32 of word e / 32: token t has expert e
+  uint2* threshold;   // [E] smallest kept key, and how many tokens of exactly that key are kept
 };
 
 __device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
 
 // ---- mark ----------------------------------------------------------------------------------------------------------------------
 // A warp per token; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
-extern __shared__ uint32_t tile_keys[];   // [warps][E | 1]
+extern __shared__ uint32_t tile_keys[];  // [warps][E | 1]
 
 __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) {
   uint32_t threshold = 0;
@@ -53,7 +53,7 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
   }
   int greater = 0;
   for (int e = lane; e < E; e += 32) greater += row[e] > threshold;
-  int equals = K - static_cast<int>(__reduce_add_sync(kAllLanes, greater));   // those with the lowest ids
+  int equals = K - static_cast<int>(__reduce_add_sync(kAllLanes, greater));  // those with the lowest ids
   for (int base = 0; base < E; base += 32) {
     const int e = base + lane;
     const uint32_t key = e < E ? row[e] : 0;
@@ -64,7 +64,8 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
   }
 }
 
-template <int kPerLane> __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
+template <int kPerLane>
+__global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
   const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
   uint32_t* row = tile_keys + warp * pitch;
@@ -96,7 +97,7 @@ template <int kPerLane> __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1
   }
   __syncthreads();
   const int tokens = static_cast<int>(min(static_cast<int64_t>(warps), p.T - first));
-  const int per_warp = 32 / warps, sub = lane / warps, column = lane % warps;   // 32 / warps experts at a time
+  const int per_warp = 32 / warps, sub = lane / warps, column = lane % warps;  // 32 / warps experts at a time
   for (int base = warp * per_warp; base < p.E; base += warps * per_warp) {
     const int e = base + sub;
     const bool valid = e < p.E && column < tokens;
@@ -126,7 +127,8 @@ __global__ void balance_kernel(const __grid_constant__ Params p) {
 }
 
 // The keys of one expert: in registers, key i of a thread being that of token 1024 i + thread; kKeys = 0: in memory, any T.
-template <int kKeys> class ExpertKeys {
+template <int kKeys>
+class ExpertKeys {
  public:
   __device__ ExpertKeys(const uint32_t* keys, int64_t T) : keys_(keys), T_(T) {
 #pragma unroll
@@ -135,7 +137,8 @@ template <int kKeys> class ExpertKeys {
       key_[i] = t < T ? keys[t] : 0u;
     }
   }
-  template <class F> __device__ void each(F f) const {
+  template <class F>
+  __device__ void each(F f) const {
     if constexpr (kKeys > 0) {
 #pragma unroll
       for (int i = 0; i < kKeys; i++) f(key_[i]);
@@ -172,12 +175,13 @@ template <int kKeys> class ExpertKeys {
 };
 
 // NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order.
-template <int kKeys> __device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, float& below, float& span) {
+template <int kKeys>
+__device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, float& below, float& span) {
   __shared__ uint32_t between[kMaxScoredTile], sorted[kMaxScoredTile];
   __shared__ int filled;
   __shared__ float sums[2];
   const uint32_t high = down > 0 ? keys.ranked(down) : ~0u, low = keys.ranked(up);
-  const int from_high = down > 0 ? min(keys.at_least(high), up) - down : 0;   // further tokens with the key of rank down - 1
+  const int from_high = down > 0 ? min(keys.at_least(high), up) - down : 0;  // further tokens with the key of rank down - 1
   if (threadIdx.x == 0) filled = 0;
   __syncthreads();
   keys.each([&](uint32_t key) {
@@ -204,7 +208,8 @@ template <int kKeys> __device__ void score_sums(ExpertKeys<kKeys>& keys, int dow
   span = sums[1];
 }
 
-template <int kKeys> __global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
+template <int kKeys>
+__global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
   const int e = blockIdx.x, f = p.topk_count[e], over = f % p.tile, down = f - over;
   ExpertKeys<kKeys> keys(p.keys + int64_t{e} * p.T, p.T);
   int target = f;
@@ -236,12 +241,13 @@ extern __shared__ int scan_memory[];
 __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
   constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads, kWarps = kIndexThreads / 32;
   __shared__ typename IndexScan::TempStorage storage;
-  __shared__ int group_sum[kPerThread * kWarps];   // low half: keys above the threshold, high half: equal ones
+  __shared__ int group_sum[kPerThread * kWarps];  // low half: keys above the threshold, high half: equal ones
   const int e = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   ExpertScan scan(scan_memory, p.E);
   scan.run(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
   write_work(scan, p.E, e, p.E, nullptr, p.out.offsets, p.work);
-  for (int64_t row = scan.rows[p.E] + int64_t{e} * kIndexThreads + threadIdx.x; row < p.R_cap; row += int64_t{p.E} * kIndexThreads) clear_row(p.out, row);
+  for (int64_t row = scan.rows[p.E] + int64_t{e} * kIndexThreads + threadIdx.x; row < p.R_cap; row += int64_t{p.E} * kIndexThreads)
+    clear_row(p.out, row);
 
   const uint32_t threshold = p.threshold[e].x;
   const int wanted = static_cast<int>(p.threshold[e].y), start = scan.rows[e];
@@ -315,7 +321,7 @@ __global__ void __launch_bounds__(256) slots_kernel(const __grid_constant__ Para
   slot += __popc(p.experts[e / 32 * p.T + t] & ((1u << e % 32) - 1));
   p.out.inverse[slot] = static_cast<int>(row);
   if (!p.renormalize) return;
-  float sum = 0.f;   // of the token's kept scores, in slot order
+  float sum = 0.f;  // of the token's kept scores, in slot order
   for (int word = 0; word < (p.E + 31) / 32; word++)
     for (unsigned bits = p.experts[word * p.T + t]; bits; bits &= bits - 1) sum += p.scores[int64_t{t} * p.E + word * 32 + __ffs(bits) - 1];
   if (sum > 0.f) static_cast<float*>(p.out.score)[row] /= sum;
@@ -325,7 +331,7 @@ __global__ void __launch_bounds__(256) slots_kernel(const __grid_constant__ Para
 struct Scratch {
   uint32_t* keys;
   uint2* threshold;
-  int* zeroed;      // topk_count, token_count, experts
+  int* zeroed;  // topk_count, token_count, experts
   size_t zeroed_ints;
 };
 Scratch book(const Shape& s, Workspace& ws) {
@@ -339,7 +345,7 @@ Scratch book(const Shape& s, Workspace& ws) {
 
 void launch_mark(const Params& p, cudaStream_t stream) {
   const bool in_registers = p.E <= 512 && p.K <= 16;
-  const int warps = p.E > 1024 ? 8 : in_registers && p.E > 256 ? 16 : 32;   // tokens of a block: what shared memory and registers hold
+  const int warps = p.E > 1024 ? 8 : in_registers && p.E > 256 ? 16 : 32;  // tokens of a block: what shared memory and registers hold
   const size_t smem = sizeof(uint32_t) * static_cast<size_t>(warps * (p.E | 1));
   const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
   const auto run = [&](auto* kernel) {
@@ -365,12 +371,28 @@ size_t token_round_scratch(const Shape& s) {
 void token_round(const TokenRoundArgs& a, Stream on) {
   const Shape& s = a.shape;
   MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, kMaxExperts);
-  MACHMOE_SUPPORTED(a.rule != RoundingRule::NrS || a.tile <= kMaxScoredTile, "tile is {}, expected at most {} with the rule NR-s on CUDA", a.tile, kMaxScoredTile);
+  MACHMOE_SUPPORTED(a.rule != RoundingRule::NrS || a.tile <= kMaxScoredTile, "tile is {}, expected at most {} with the rule NR-s on CUDA", a.tile,
+                    kMaxScoredTile);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const cudaStream_t stream = stream_of(on);
-  const Params p{s.T, s.R_cap, static_cast<int>(s.E), static_cast<int>(a.K), static_cast<int>(a.tile), s.T >= a.tile, a.rule, a.renormalize, a.seed, a.scores,
-                 a.out, work_list(a.out.tiles, s.R_cap, s.E), b.keys, b.zeroed, b.zeroed + s.E, reinterpret_cast<unsigned*>(b.zeroed + s.E + s.T), b.threshold};
+  const Params p{s.T,
+                 s.R_cap,
+                 static_cast<int>(s.E),
+                 static_cast<int>(a.K),
+                 static_cast<int>(a.tile),
+                 s.T >= a.tile,
+                 a.rule,
+                 a.renormalize,
+                 a.seed,
+                 a.scores,
+                 a.out,
+                 work_list(a.out.tiles, s.R_cap, s.E),
+                 b.keys,
+                 b.zeroed,
+                 b.zeroed + s.E,
+                 reinterpret_cast<unsigned*>(b.zeroed + s.E + s.T),
+                 b.threshold};
   const auto experts = static_cast<unsigned>(s.E);
   MACHMOE_CUDA_CALL(cudaMemsetAsync(b.zeroed, 0, b.zeroed_ints * sizeof(int), stream));
   if (s.T > 0) launch_mark(p, stream);
@@ -384,7 +406,8 @@ void token_round(const TokenRoundArgs& a, Stream on) {
   if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
   rows_kernel<<<experts, kIndexThreads, smem, stream>>>(p);
   const int64_t share = std::max<int64_t>(kIndexThreads, (s.T + num_sms() - 1) / num_sms());
-  token_offsets_kernel<<<static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, stream>>>(p.token_count, a.out.token_offsets, s.T, share);
+  token_offsets_kernel<<<static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, stream>>>(
+      p.token_count, a.out.token_offsets, s.T, share);
   if (s.R_cap > 0) slots_kernel<<<static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream>>>(p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }

@@ -11,25 +11,27 @@
 namespace machmoe::cuda {
 namespace {
 
-constexpr int kMaxBlocks = 264;     // partial sums over tokens: a constant, so that no bit depends on the device
+constexpr int kMaxBlocks = 264;  // partial sums over tokens: a constant, so that no bit depends on the device
 constexpr int kMaxK = 128;
 
-template <class Logit> struct TopkParams {
+template <class Logit>
+struct TopkParams {
   int64_t T;
   int E, K;
-  bool over_all;           // softmax over all experts, not over the selected
+  bool over_all;  // softmax over all experts, not over the selected
   const Logit* logits;
   int* ids;
   float* weights;
-  int* block_counts;       // [blocks][E]
-  float* block_probs;      // [blocks][E] sums of the softmax over all experts; null: no aux
+  int* block_counts;   // [blocks][E]
+  float* block_probs;  // [blocks][E] sums of the softmax over all experts; null: no aux
 };
 
 // ---- E <= 512, K <= 16: a warp per token, everything in registers ------------------------------------------------------------
 constexpr int kWarps = 16;
 constexpr int kSmallE = 512, kSmallK = 16;
 
-template <int kPerLane, class Logit> __global__ void __launch_bounds__(32 * kWarps) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
+template <int kPerLane, class Logit>
+__global__ void __launch_bounds__(32 * kWarps) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
   __shared__ int count_sum[kSmallE];
   __shared__ float prob_sum[kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -48,7 +50,7 @@ template <int kPerLane, class Logit> __global__ void __launch_bounds__(32 * kWar
       select.key[j] = e < p.E ? order_key(x[j]) : 0;
     }
     select.rescan();
-    int id = 0;   // of the selected expert `lane`
+    int id = 0;  // of the selected expert `lane`
     for (int k = 0; k < p.K; k++) {
       const int e = select.take(lane);
       if (lane == k) id = e;
@@ -125,9 +127,10 @@ __device__ int block_min(int v) {
   return low;
 }
 
-template <class Logit> __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_constant__ TopkParams<Logit> p) {
-  __shared__ uint64_t chosen[kMaxK];    // key, then the lower id
-  __shared__ float value[kMaxK];        // logits in order of rank
+template <class Logit>
+__global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  __shared__ uint64_t chosen[kMaxK];  // key, then the lower id
+  __shared__ float value[kMaxK];      // logits in order of rank
   __shared__ int filled;
   int count[kOwned] = {};
   float probs[kOwned] = {};
@@ -139,7 +142,7 @@ template <class Logit> __global__ void __launch_bounds__(kThreads) topk_block_ke
       const int e = j * kThreads + static_cast<int>(threadIdx.x);
       key[j] = e < p.E ? order_key(static_cast<float>(row[e])) : 0;
     }
-    uint32_t threshold = 0;   // the K-th largest key
+    uint32_t threshold = 0;  // the K-th largest key
     for (int bit = 31; bit >= 0; bit--) {
       const uint32_t candidate = threshold | 1u << bit;
       int above = 0;
@@ -157,7 +160,7 @@ template <class Logit> __global__ void __launch_bounds__(kThreads) topk_block_ke
     for (int j = 0; j < kOwned; j++)
       if (key[j] > threshold) choose(j, j * kThreads + static_cast<int>(threadIdx.x));
     __syncthreads();
-    for (int last = -1, left = p.K - filled; left > 0; left--) {   // of the equal keys those with the lowest ids
+    for (int last = -1, left = p.K - filled; left > 0; left--) {  // of the equal keys those with the lowest ids
       int lowest = kMaxExperts;
 #pragma unroll
       for (int j = kOwned - 1; j >= 0; j--) {
@@ -210,8 +213,8 @@ template <class Logit> __global__ void __launch_bounds__(kThreads) topk_block_ke
 // ---- sums over the blocks, in order --------------------------------------------------------------------------------------------
 constexpr int kSumThreads = 1024;
 
-__global__ void __launch_bounds__(kSumThreads) topk_sum_kernel(const int* block_counts, const float* block_probs, int blocks, int E, int K, int64_t T,
-                                                               int* counts, float* aux) {
+__global__ void __launch_bounds__(kSumThreads)
+    topk_sum_kernel(const int* block_counts, const float* block_probs, int blocks, int E, int K, int64_t T, int* counts, float* aux) {
   __shared__ int count_part[kSumThreads];
   __shared__ float prob_part[kSumThreads], loss_part[kSumThreads];
   const int width = min((E + 31) / 32 * 32, kSumThreads), groups = kSumThreads / width, group = threadIdx.x / width, column = threadIdx.x % width;
@@ -249,7 +252,8 @@ __global__ void __launch_bounds__(kSumThreads) topk_sum_kernel(const int* block_
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------------
-template <class Logit> struct BackwardParams {
+template <class Logit>
+struct BackwardParams {
   int64_t T;
   int E, K;
   bool over_all;
@@ -266,14 +270,16 @@ template <class Logit> struct BackwardParams {
   Logit* dlogits;
 };
 
-template <class Logit> __device__ float slot_gradient(const BackwardParams<Logit>& p, int64_t slot) {
+template <class Logit>
+__device__ float slot_gradient(const BackwardParams<Logit>& p, int64_t slot) {
   if (p.dweights) return p.dweights[slot];
   const int row = p.inverse[slot];
   return row < 0 ? 0.f : score_gradient(p.ds_parts, p.parts, p.R_cap, row);
 }
 
 // A warp per token; its gradient is put together in shared memory.
-template <class Logit> __global__ void __launch_bounds__(256) topk_backward_kernel(const __grid_constant__ BackwardParams<Logit> p) {
+template <class Logit>
+__global__ void __launch_bounds__(256) topk_backward_kernel(const __grid_constant__ BackwardParams<Logit> p) {
   extern __shared__ float gradients[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float* d = gradients + int64_t{warp} * p.E;
@@ -282,7 +288,7 @@ template <class Logit> __global__ void __launch_bounds__(256) topk_backward_kern
     const Logit* row = p.logits + t * p.E;
     for (int e = lane; e < p.E; e += 32) d[e] = 0.f;
     __syncwarp();
-    float mean = 0.f;   // sum of w dw over the selected: the softmax's own term
+    float mean = 0.f;  // sum of w dw over the selected: the softmax's own term
     for (int k = lane; k < p.K; k += 32) {
       const int64_t slot = t * p.K + k;
       const float ds = slot_gradient(p, slot);
@@ -321,9 +327,12 @@ template <class Logit> __global__ void __launch_bounds__(256) topk_backward_kern
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
-template <class F> void dispatch_logits(DType dtype, F&& f) {
+template <class F>
+void dispatch_logits(DType dtype, F&& f) {
   MACHMOE_SUPPORTED(dtype != DType::F64, "logits_dtype is F64, expected F32, BF16 or F16 on CUDA: cast the logits");
-  if (dtype == DType::BF16) f(__nv_bfloat16{}); else if (dtype == DType::F16) f(__half{}); else f(float{});
+  if (dtype == DType::BF16) f(__nv_bfloat16{});
+  else if (dtype == DType::F16) f(__half{});
+  else f(float{});
 }
 void check_size(int64_t E, int64_t K) {
   MACHMOE_SUPPORTED(E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", E, kMaxExperts);
@@ -335,14 +344,18 @@ int64_t blocks_of(int64_t T, int64_t E, int64_t K) {
   return std::clamp<int64_t>((T + tokens - 1) / tokens, 1, fits_warp(E, K) ? kMaxBlocks : 4 * kMaxBlocks);
 }
 
-struct Scratch { int* counts; float* probs; };
+struct Scratch {
+  int* counts;
+  float* probs;
+};
 Scratch book(int64_t T, int64_t E, int64_t K, Workspace& ws) {
   const int64_t items = blocks_of(T, E, K) * E;
   int* counts = ws.take<int>(items);
   return {counts, ws.take<float>(items)};
 }
 
-template <class Logit> void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
+template <class Logit>
+void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
   constexpr int kBlock = 32 * kWarps;
   if (!fits_warp(p.E, p.K)) topk_block_kernel<<<blocks, kThreads, 0, stream>>>(p);
   else if (p.E <= 32) topk_warp_kernel<1><<<blocks, kBlock, 0, stream>>>(p);
@@ -368,12 +381,12 @@ void topk(const TopkArgs& a, Stream stream) {
   const auto blocks = static_cast<unsigned>(blocks_of(a.T, a.E, a.K));
   dispatch_logits(a.logits_dtype, [&](auto logit) {
     using Logit = decltype(logit);
-    launch_topk<Logit>({a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits), a.ids,
-                        static_cast<float*>(a.weights), b.counts, a.aux ? b.probs : nullptr},
+    launch_topk<Logit>({a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits),
+                        a.ids, static_cast<float*>(a.weights), b.counts, a.aux ? b.probs : nullptr},
                        blocks, stream_of(stream));
   });
-  topk_sum_kernel<<<1, kSumThreads, 0, stream_of(stream)>>>(b.counts, b.probs, static_cast<int>(blocks), static_cast<int>(a.E), static_cast<int>(a.K), a.T,
-                                                            a.counts, static_cast<float*>(a.aux));
+  topk_sum_kernel<<<1, kSumThreads, 0, stream_of(stream)>>>(b.counts, b.probs, static_cast<int>(blocks), static_cast<int>(a.E), static_cast<int>(a.K),
+                                                            a.T, a.counts, static_cast<float*>(a.aux));
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
@@ -384,9 +397,20 @@ void topk_backward(const TopkBackwardArgs& a, Stream stream) {
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((a.T + warps - 1) / warps, 8 * num_sms()));
   dispatch_logits(a.logits_dtype, [&](auto logit) {
     using Logit = decltype(logit);
-    const BackwardParams<Logit> p{a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits),
-                                  a.ids, static_cast<const float*>(a.weights), a.counts, static_cast<const float*>(a.dweights),
-                                  static_cast<const float*>(a.ds_parts), a.parts, a.inverse, a.R_cap, static_cast<const float*>(a.daux),
+    const BackwardParams<Logit> p{a.T,
+                                  static_cast<int>(a.E),
+                                  static_cast<int>(a.K),
+                                  a.kind == RouterKind::SoftmaxTopk,
+                                  static_cast<const Logit*>(a.logits),
+                                  a.ids,
+                                  static_cast<const float*>(a.weights),
+                                  a.counts,
+                                  static_cast<const float*>(a.dweights),
+                                  static_cast<const float*>(a.ds_parts),
+                                  a.parts,
+                                  a.inverse,
+                                  a.R_cap,
+                                  static_cast<const float*>(a.daux),
                                   static_cast<Logit*>(a.dlogits)};
     topk_backward_kernel<<<blocks, static_cast<unsigned>(32 * warps), static_cast<size_t>(smem), stream_of(stream)>>>(p);
   });

@@ -10,14 +10,14 @@ namespace machmoe::cuda {
 struct alignas(16) WorkTile {
   int32_t expert;
   int32_t row;
-  int32_t row_end;   // end of the expert's rows
-  int32_t index;     // of this tile among those of the expert
+  int32_t row_end;  // end of the expert's rows
+  int32_t index;    // of this tile among those of the expert
 };
 struct alignas(16) WorkHeader {
-  int32_t pairs;     // valid entries of the list of pairs
-  int32_t tiles;     // valid entries of the list of tiles
-  int32_t rows;      // R
-  int32_t unused;    // the lists start on 16 bytes
+  int32_t pairs;   // valid entries of the list of pairs
+  int32_t tiles;   // valid entries of the list of tiles
+  int32_t rows;    // R
+  int32_t unused;  // the lists start on 16 bytes
 };
 constexpr int kTileRows = 128;
 constexpr int kPairRows = 256;

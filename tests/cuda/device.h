@@ -24,10 +24,14 @@ class DeviceMemory {
     return *this;
   }
   ~DeviceMemory() { cudaFree(base_); }
-  template <class T = void> T* data() const { return reinterpret_cast<T*>(base_ + kGuard); }
+  template <class T = void>
+  T* data() const {
+    return reinterpret_cast<T*>(base_ + kGuard);
+  }
   size_t size() const { return bytes_; }
   void upload(const void* from, size_t bytes) { MACHMOE_CUDA_CALL(cudaMemcpy(data(), from, bytes, cudaMemcpyHostToDevice)); }
-  template <class T> std::vector<T> download() const {
+  template <class T>
+  std::vector<T> download() const {
     std::vector<T> host(bytes_ / sizeof(T));
     MACHMOE_CUDA_CALL(cudaMemcpy(host.data(), data(), host.size() * sizeof(T), cudaMemcpyDeviceToHost));
     return host;
@@ -43,7 +47,8 @@ class DeviceMemory {
   uint8_t* base_ = nullptr;
   size_t bytes_ = 0;
 };
-template <class T> DeviceMemory on_device(const std::vector<T>& host) {
+template <class T>
+DeviceMemory on_device(const std::vector<T>& host) {
   DeviceMemory memory(host.size() * sizeof(T));
   memory.upload(host.data(), host.size() * sizeof(T));
   return memory;

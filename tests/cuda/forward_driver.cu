@@ -24,7 +24,8 @@ using bf16 = __nv_bfloat16;
 namespace {
 
 // Device memory with guard elements behind it; all of it starts as NaN.
-template <class T> struct Buffer {
+template <class T>
+struct Buffer {
   static constexpr size_t kGuard = 1 << 16;
   T* data = nullptr;
   size_t size = 0;
@@ -32,9 +33,13 @@ template <class T> struct Buffer {
     MACHMOE_CUDA_CALL(cudaMalloc(&data, (n + kGuard) * sizeof(T)));
     poison();
   }
-  explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) { MACHMOE_CUDA_CALL(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
+  explicit Buffer(const std::vector<T>& v) : Buffer(v.size()) {
+    MACHMOE_CUDA_CALL(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
   Buffer(Buffer&& o) noexcept : data(std::exchange(o.data, nullptr)), size(o.size) {}
-  ~Buffer() { if (data) cudaFree(data); }
+  ~Buffer() {
+    if (data) cudaFree(data);
+  }
   void poison() { MACHMOE_CUDA_CALL(cudaMemset(data, 0xFF, (size + kGuard) * sizeof(T))); }
   std::vector<uint8_t> bytes() const {
     std::vector<uint8_t> v(size * sizeof(T));
@@ -48,10 +53,12 @@ __device__ __host__ uint64_t mix(uint64_t z) {
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
 }
-template <class F> __global__ void for_each_kernel(size_t n, F f) {
+template <class F>
+__global__ void for_each_kernel(size_t n, F f) {
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) f(i);
 }
-template <class F> void for_each(size_t n, F f) {
+template <class F>
+void for_each(size_t n, F f) {
   if (n == 0) return;
   for_each_kernel<<<2112, 256>>>(n, f);
   MACHMOE_CUDA_CALL(cudaGetLastError());
@@ -72,13 +79,13 @@ constexpr const char* kLayouts[] = {"concatenated", "interleaved", "two tensors"
 struct Case {
   std::string name;
   int64_t T, d, n;
-  std::vector<int> counts;                  // rows of every expert
+  std::vector<int> counts;  // rows of every expert
   RoutingKind kind = RoutingKind::Lists;
   Activation act = {};
   Layout layout = Layout::Concatenated;
   bool bias = false, store_h = true, store_a = true, scores = true;
-  bool nan_neighbours = false;              // every second expert carries NaN in all it owns; the others must not notice
-  int64_t spare = 5;                        // rows of capacity beyond R
+  bool nan_neighbours = false;  // every second expert carries NaN in all it owns; the others must not notice
+  int64_t spare = 5;            // rows of capacity beyond R
 };
 
 struct Problem {
@@ -110,19 +117,32 @@ struct Problem {
     const cuda::WorkList list = cuda::work_list(words.data(), s.R_cap, E);
     *list.header = {0, 0, static_cast<int>(R), 0};
     for (int e = 0; e < E; e++) {
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows) list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
+      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows)
+        list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
+      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
+        list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
     }
     return true;
   }
-  bool routed = route();   // before the memory, whose sizes come from it
+  bool routed = route();  // before the memory, whose sizes come from it
   struct Memory {
     Buffer<int> token, expert, tiles;
     Buffer<float> score;
     Buffer<bf16> x, w1, b1, w2, b2, h, a, y, a_in;
     explicit Memory(const Problem& p)
-        : token(p.token), expert(p.expert), tiles(p.words), score(p.scores), x(p.s.T * p.s.d), w1(p.E * p.planes * p.s.n * p.s.d), b1(p.E * p.planes * p.s.n),
-          w2(p.E * p.s.d * p.s.n), b2(p.E * p.s.d), h(p.s.R_cap * p.planes * p.s.n), a(p.s.R_cap * p.s.n), y(p.s.R_cap * p.s.d), a_in(p.s.R_cap * p.s.n) {}
+        : token(p.token),
+          expert(p.expert),
+          tiles(p.words),
+          score(p.scores),
+          x(p.s.T * p.s.d),
+          w1(p.E * p.planes * p.s.n * p.s.d),
+          b1(p.E * p.planes * p.s.n),
+          w2(p.E * p.s.d * p.s.n),
+          b2(p.E * p.s.d),
+          h(p.s.R_cap * p.planes * p.s.n),
+          a(p.s.R_cap * p.s.n),
+          y(p.s.R_cap * p.s.d),
+          a_in(p.s.R_cap * p.s.n) {}
   } m{*this};
   ConstWeight w1[2], w2;
   ConstBias b1[2], b2;
@@ -138,7 +158,7 @@ struct Problem {
     fill(m.b1.data, m.b1.size, 4, 0.5f);
     fill(m.b2.data, m.b2.size, 5, 0.5f);
     fill(m.a_in.data, rows * n, 6, 1.f);
-    for (int64_t p = 0; p < planes; p++) {   // element (e, plane, i, j) of W1 under the three layouts, b1 likewise
+    for (int64_t p = 0; p < planes; p++) {  // element (e, plane, i, j) of W1 under the three layouts, b1 likewise
       const bool two = c.layout == Layout::TwoTensors, mixed = c.layout == Layout::Interleaved;
       const int64_t first = two ? p * E * s.n : mixed ? p : p * s.n, stride = mixed ? planes : 1, per_expert = two ? s.n : planes * s.n;
       w1[p] = {m.w1.data + first * s.d, stride * s.d, per_expert * s.d};
@@ -156,21 +176,40 @@ struct Problem {
     const size_t d = s.d, n = s.n, T = s.T, per1 = planes * n * d;
     const int* ex = m.expert.data;
     bf16 *x = m.x.data, *a = m.a_in.data, *p1 = m.w1.data, *p2 = m.w2.data;
-    if (c.kind == RoutingKind::Rows) for_each(R * d, [=] __device__(size_t i) { if (ex[i / d] % 2) x[i] = nan; });
+    if (c.kind == RoutingKind::Rows)
+      for_each(R * d, [=] __device__(size_t i) {
+        if (ex[i / d] % 2) x[i] = nan;
+      });
     else for_each(T / 2 * d, [=] __device__(size_t i) { x[T / 2 * d + i] = nan; });
-    for_each(E * per1, [=] __device__(size_t i) { if (i / per1 % 2) p1[i] = nan; });
-    for_each(E * n * d, [=] __device__(size_t i) { if (i / (n * d) % 2) p2[i] = nan; });
-    for_each(R * n, [=] __device__(size_t i) { if (ex[i / n] % 2) a[i] = nan; });
+    for_each(E * per1, [=] __device__(size_t i) {
+      if (i / per1 % 2) p1[i] = nan;
+    });
+    for_each(E * n * d, [=] __device__(size_t i) {
+      if (i / (n * d) % 2) p2[i] = nan;
+    });
+    for_each(R * n, [=] __device__(size_t i) {
+      if (ex[i / n] % 2) a[i] = nan;
+    });
   }
   UpProjArgs up_args() {
     const bool gated = planes == 2;
-    return {s, r, m.x.data, gated ? w1[0] : ConstWeight{}, w1[planes - 1], c.bias && gated ? b1[0] : ConstBias{}, c.bias ? b1[planes - 1] : ConstBias{},
-            c.store_h ? m.h.data : nullptr, c.store_a ? m.a.data : nullptr};
+    return {s,
+            r,
+            m.x.data,
+            gated ? w1[0] : ConstWeight{},
+            w1[planes - 1],
+            c.bias && gated ? b1[0] : ConstBias{},
+            c.bias ? b1[planes - 1] : ConstBias{},
+            c.store_h ? m.h.data : nullptr,
+            c.store_a ? m.a.data : nullptr};
   }
   DownProjArgs down_args() { return {s, r, m.a_in.data, w2, c.bias ? b2 : ConstBias{}, m.y.data}; }
 };
 
-struct Sums { double error, reference; unsigned long long nan, disturbed; };   // disturbed: elements that must have kept their value
+struct Sums {
+  double error, reference;
+  unsigned long long nan, disturbed;
+};  // disturbed: elements that must have kept their value
 struct SumsOnDevice {
   Sums* p;
   SumsOnDevice() {
@@ -192,25 +231,35 @@ struct Verdict {
     const bool good = e <= bound && v.nan == 0 && v.disturbed == 0;
     ok &= good;
     checks++;
-    if (!good || q.c.T > 10000) printf("  %-44s %-4s %.2e nan %llu disturbed %llu %s\n", q.c.name.c_str(), what, e, v.nan, v.disturbed, good ? "ok" : "FAIL");
+    if (!good || q.c.T > 10000)
+      printf("  %-44s %-4s %.2e nan %llu disturbed %llu %s\n", q.c.name.c_str(), what, e, v.nan, v.disturbed, good ? "ok" : "FAIL");
     fflush(stdout);
   }
 };
 __device__ void note(Sums* out, double have, double want) {
-  if (isnan(have)) { atomicAdd(&out->nan, 1ull); return; }
+  if (isnan(have)) {
+    atomicAdd(&out->nan, 1ull);
+    return;
+  }
   atomicAdd(&out->error, (have - want) * (have - want));
   atomicAdd(&out->reference, want * want);
 }
 void untouched(const Buffer<bf16>& b, size_t first, Sums* out) {
   const uint16_t* p = reinterpret_cast<const uint16_t*>(b.data);
-  for_each(b.size + Buffer<bf16>::kGuard - first, [=] __device__(size_t i) { if (p[first + i] != 0xFFFF) atomicAdd(&out->disturbed, 1ull); });
+  for_each(b.size + Buffer<bf16>::kGuard - first, [=] __device__(size_t i) {
+    if (p[first + i] != 0xFFFF) atomicAdd(&out->disturbed, 1ull);
+  });
 }
-struct View { const bf16* p; int64_t row, expert; };
+struct View {
+  const bf16* p;
+  int64_t row, expert;
+};
 View view(const ConstWeight& w) { return {static_cast<const bf16*>(w.base), w.row_stride, w.expert_stride}; }
 View view(const ConstBias& b) { return {static_cast<const bf16*>(b.base), b.stride, b.expert_stride}; }
 
 // samples = 0: every element. Odd experts are not looked at when they carry NaN.
-template <ActivationKind K> void verify_up_as(Problem& q, Verdict& verdict, size_t samples) {
+template <ActivationKind K>
+void verify_up_as(Problem& q, Verdict& verdict, size_t samples) {
   constexpr bool kGated = Activation{K}.gated();
   SumsOnDevice sums_h, sums_a;
   Sums *ph = sums_h.p, *pa = sums_a.p;
@@ -249,7 +298,8 @@ void verify_down(Problem& q, Verdict& verdict, size_t samples) {
   const bf16 *a = q.m.a_in.data, *y = q.m.y.data;
   const int* expert = q.m.expert.data;
   const float* score = q.m.score.data;
-  const bool rows = q.c.kind == RoutingKind::Rows, skip = q.c.nan_neighbours, bias = q.c.bias && rows, scores = q.c.scores && rows, all = looked == total;
+  const bool rows = q.c.kind == RoutingKind::Rows, skip = q.c.nan_neighbours, bias = q.c.bias && rows, scores = q.c.scores && rows,
+             all = looked == total;
   const View w = view(q.w2), b = view(q.b2);
   for_each(looked, [=] __device__(size_t index) {
     const size_t i = all ? index : mix(index + 1) % total, row = i / d, c = i % d;
@@ -259,7 +309,10 @@ void verify_down(Problem& q, Verdict& verdict, size_t samples) {
     for (size_t k = 0; k < n; k++) want += double(float(a[row * n + k])) * double(float(w.p[e * w.expert + c * w.row + k]));
     note(out, double(float(y[i])), scores ? want * double(score[row]) : want);
   });
-  if (rows) for_each(q.c.spare * d, [=] __device__(size_t i) { if (float(y[R * d + i]) != 0.f) atomicAdd(&out->disturbed, 1ull); });
+  if (rows)
+    for_each(q.c.spare * d, [=] __device__(size_t i) {
+      if (float(y[R * d + i]) != 0.f) atomicAdd(&out->disturbed, 1ull);
+    });
   untouched(q.m.y, rows ? q.s.R_cap * d : R * d, out);
   verdict(q, "Y", sums.get(), 2.5e-3);
 }
@@ -268,7 +321,9 @@ void run_case(const Case& c, Verdict& verdict) {
   Problem q(c);
   std::vector<uint8_t> first[3];
   for (int rep = 0; rep < 2; rep++) {
-    q.m.h.poison(); q.m.a.poison(); q.m.y.poison();
+    q.m.h.poison();
+    q.m.a.poison();
+    q.m.y.poison();
     cuda::hopper::up_proj(q.up_args(), {});
     cuda::hopper::down_proj(q.down_args(), {});
     MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
@@ -293,19 +348,34 @@ bool check() {
   for (int k = 0; k <= 8; k++)
     for (const bool bias : {false, true}) {
       const Layout layout = k % 2 ? Layout::Interleaved : Layout::Concatenated;
-      cases.push_back({fmt::format("{}{}", kActivations[k], bias ? " bias" : ""), 600, 136, 200, ragged, RoutingKind::Lists, {ActivationKind(k)}, layout, bias});
+      cases.push_back(
+          {fmt::format("{}{}", kActivations[k], bias ? " bias" : ""), 600, 136, 200, ragged, RoutingKind::Lists, {ActivationKind(k)}, layout, bias});
     }
   cases.push_back({"swiglu limit", 600, 136, 200, ragged, RoutingKind::Lists, {ActivationKind::SwiGLU, 1.f, 0.7f}});
-  cases.push_back({"swiglu_oai limit bias", 600, 136, 200, ragged, RoutingKind::Lists, {ActivationKind::SwiGLUOai, 1.702f, 0.7f}, Layout::Interleaved, true});
+  cases.push_back(
+      {"swiglu_oai limit bias", 600, 136, 200, ragged, RoutingKind::Lists, {ActivationKind::SwiGLUOai, 1.702f, 0.7f}, Layout::Interleaved, true});
   for (const int n : {192, 256}) {
     cases.push_back({fmt::format("A alone n={}", n), 600, 320, n, ragged, RoutingKind::Lists, {}, Layout::Concatenated, false, false});
     cases.push_back({fmt::format("H alone n={}", n), 600, 320, n, ragged, RoutingKind::Lists, {}, Layout::Concatenated, false, true, false});
     for (const bool bias : {false, true})
       for (const bool scores : {false, true})
-        cases.push_back({fmt::format("rows n={}{}{}", n, bias ? " bias" : "", scores ? " scores" : ""), 600, 264, n, ragged, RoutingKind::Rows, {}, Layout::Concatenated,
-                         bias, true, true, scores, false, 300});
+        cases.push_back({fmt::format("rows n={}{}{}", n, bias ? " bias" : "", scores ? " scores" : ""),
+                         600,
+                         264,
+                         n,
+                         ragged,
+                         RoutingKind::Rows,
+                         {},
+                         Layout::Concatenated,
+                         bias,
+                         true,
+                         true,
+                         scores,
+                         false,
+                         300});
     for (const RoutingKind kind : {RoutingKind::Lists, RoutingKind::Rows})
-      cases.push_back({fmt::format("NaN in odd experts n={}", n), 600, 328, n, ragged, kind, {}, Layout::Concatenated, false, true, true, true, true});
+      cases.push_back(
+          {fmt::format("NaN in odd experts n={}", n), 600, 328, n, ragged, kind, {}, Layout::Concatenated, false, true, true, true, true});
   }
   cases.push_back({"one expert", 600, 320, 256, {777}});
   cases.push_back({"one row", 600, 320, 256, {0, 0, 1}});
@@ -317,7 +387,8 @@ bool check() {
     std::vector<int> counts(1 + rng() % 40);
     for (int& f : counts) f = rng() % 3 ? int(rng() % 700) : 0;
     const int d = 8 * (1 + int(rng() % 120)), n = 8 * (1 + int(rng() % 70));
-    cases.push_back({fmt::format("random {} d={} n={} E={}", i, d, n, counts.size()), 900, d, n, counts, i % 3 ? RoutingKind::Lists : RoutingKind::Rows});
+    cases.push_back(
+        {fmt::format("random {} d={} n={} E={}", i, d, n, counts.size()), 900, d, n, counts, i % 3 ? RoutingKind::Lists : RoutingKind::Rows});
   }
   Verdict verdict;
   for (const Case& c : cases) run_case(c, verdict);
@@ -325,11 +396,14 @@ bool check() {
   return verdict.ok;
 }
 
-struct Named { const char* name; int64_t T, d, n, E, K; };
+struct Named {
+  const char* name;
+  int64_t T, d, n, E, K;
+};
 constexpr Named kShapes[] = {
-    {"30B-n1024-K4", 32768, 4096, 1024, 64, 4}, {"30B-n512-K8", 32768, 4096, 512, 128, 8}, {"30B-n256-K16", 32768, 4096, 256, 256, 16},
-    {"7B-n1024-K2", 24576, 1536, 1024, 32, 2}, {"7B-n512-K4", 24576, 1536, 512, 64, 4}, {"7B-n256-K8", 24576, 1536, 256, 128, 8},
-    {"1.4B-n256-K8", 40960, 768, 256, 128, 8}, {"OLMoE-1B-7B", 32768, 2048, 1024, 64, 8}, {"Qwen3-30B-A3B", 32768, 2048, 768, 128, 8},
+    {"30B-n1024-K4", 32768, 4096, 1024, 64, 4},    {"30B-n512-K8", 32768, 4096, 512, 128, 8}, {"30B-n256-K16", 32768, 4096, 256, 256, 16},
+    {"7B-n1024-K2", 24576, 1536, 1024, 32, 2},     {"7B-n512-K4", 24576, 1536, 512, 64, 4},   {"7B-n256-K8", 24576, 1536, 256, 128, 8},
+    {"1.4B-n256-K8", 40960, 768, 256, 128, 8},     {"OLMoE-1B-7B", 32768, 2048, 1024, 64, 8}, {"Qwen3-30B-A3B", 32768, 2048, 768, 128, 8},
     {"Qwen3-Next-80B", 32768, 2048, 512, 512, 10}, {"gpt-oss-20b", 32768, 2880, 2880, 32, 4}, {"DeepSeek-V3", 16384, 7168, 2048, 256, 8}};
 
 // Rows of each expert: all equal, or those of K distinct uniform experts a token.
@@ -342,14 +416,21 @@ std::vector<int> counts_of(const Named& q, bool random) {
   for (int t = 0; t < q.T; t++)
     for (int k = 0; k < q.K;) {
       const int e = static_cast<int>(rng() % q.E);
-      if (taken[e] != t) { taken[e] = t; counts[e]++; k++; }
+      if (taken[e] != t) {
+        taken[e] = t;
+        counts[e]++;
+        k++;
+      }
     }
   return counts;
 }
 
 // Milliseconds: after 40 ms of rest (burst), and the mean of 100 ms after 150 ms of the same work (soaked: the power limit acts).
-struct Time { float burst, soaked; };
-template <class F> Time time_of(const F& run) {
+struct Time {
+  float burst, soaked;
+};
+template <class F>
+Time time_of(const F& run) {
   cudaEvent_t a, b;
   MACHMOE_CUDA_CALL(cudaEventCreate(&a));
   MACHMOE_CUDA_CALL(cudaEventCreate(&b));
@@ -377,8 +458,8 @@ template <class F> Time time_of(const F& run) {
 
 // The yardstick: a dense batched product of the same FLOPs by cuBLAS, where it is installed.
 struct Cublas {
-  using Gemm = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, long long, const void*, int, int, long long, const void*, void*, int, int,
-                       long long, int, int, int);
+  using Gemm = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, long long, const void*, int, int, long long, const void*,
+                       void*, int, int, long long, int, int, int);
   void* handle = nullptr;
   Gemm gemm = nullptr;
   Cublas() {
@@ -391,8 +472,8 @@ struct Cublas {
   void operator()(int64_t rows, int64_t cols, int64_t k, const void* a, const void* w, void* c, int64_t batch) const {
     constexpr int kTransposed = 1, kPlain = 0, kBf16 = 14, kFp32 = 68;
     const float one = 1, zero = 0;
-    if (gemm(handle, kTransposed, kPlain, int(cols), int(rows), int(k), &one, w, kBf16, int(k), cols * k, a, kBf16, int(k), rows * k, &zero, c, kBf16, int(cols),
-             rows * cols, int(batch), kFp32, -1))
+    if (gemm(handle, kTransposed, kPlain, int(cols), int(rows), int(k), &one, w, kBf16, int(k), cols * k, a, kBf16, int(k), rows * k, &zero, c, kBf16,
+             int(cols), rows * cols, int(batch), kFp32, -1))
       throw Error(Status::Backend, "cublasGemmStridedBatchedEx failed");
   }
 };
@@ -400,8 +481,8 @@ struct Cublas {
 bool perf(bool random, const char* only) {
   Verdict verdict;
   const Cublas blas;
-  printf("%-16s | burst ms TFLOP/s, soaked ms TFLOP/s of up-projection |%s down-projection%s\n", random ? "random routing" : "balanced", blas.gemm && !random ? " cuBLAS |" : "",
-         blas.gemm && !random ? " | cuBLAS" : "");
+  printf("%-16s | burst ms TFLOP/s, soaked ms TFLOP/s of up-projection |%s down-projection%s\n", random ? "random routing" : "balanced",
+         blas.gemm && !random ? " cuBLAS |" : "", blas.gemm && !random ? " | cuBLAS" : "");
   for (const Named& named : kShapes) {
     if (only && !strstr(only, named.name)) continue;
     Problem q({named.name, named.T, named.d, named.n, counts_of(named, random)});

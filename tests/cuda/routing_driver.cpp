@@ -8,10 +8,10 @@
 #include <random>
 #include <string>
 
+#include "core/float16.h"
 #include "cpu/router.h"
 #include "cpu/routing.h"
 #include "cpu/token_rounding.h"
-#include "core/float16.h"
 #include "cuda/kernels.h"
 #include "cuda/work.h"
 #include "device.h"
@@ -26,7 +26,13 @@ struct Arrays {
   bool operator==(const Arrays&) const = default;
 
   explicit Arrays(const Shape& s)
-      : token(s.R_cap, -7), expert(s.R_cap, -7), counts(s.E, -7), offsets(s.E + 1, -7), token_offsets(s.T + 1, -7), inverse(s.R_cap, -7), order(s.R_cap, -7),
+      : token(s.R_cap, -7),
+        expert(s.R_cap, -7),
+        counts(s.E, -7),
+        offsets(s.E + 1, -7),
+        token_offsets(s.T + 1, -7),
+        inverse(s.R_cap, -7),
+        order(s.R_cap, -7),
         score(s.R_cap, NAN) {}
   Routing views() {
     return {token.data(), expert.data(), score.data(), counts.data(), offsets.data(), token_offsets.data(), inverse.data(), nullptr};
@@ -49,22 +55,31 @@ struct DeviceRouting {
   Shape s;
   DeviceMemory token, expert, score, counts, offsets, token_offsets, inverse, order, tiles;
   explicit DeviceRouting(const Shape& shape)
-      : s(shape), token(4 * s.R_cap), expert(4 * s.R_cap), score(4 * s.R_cap), counts(4 * s.E), offsets(4 * (s.E + 1)), token_offsets(4 * (s.T + 1)),
-        inverse(4 * s.R_cap), order(4 * s.R_cap), tiles(cuda::work_bytes(s.R_cap, s.E)) {}
+      : s(shape),
+        token(4 * s.R_cap),
+        expert(4 * s.R_cap),
+        score(4 * s.R_cap),
+        counts(4 * s.E),
+        offsets(4 * (s.E + 1)),
+        token_offsets(4 * (s.T + 1)),
+        inverse(4 * s.R_cap),
+        order(4 * s.R_cap),
+        tiles(cuda::work_bytes(s.R_cap, s.E)) {}
   Routing views() const {
-    return {token.data<int32_t>(), expert.data<int32_t>(), score.data(), counts.data<int32_t>(), offsets.data<int32_t>(), token_offsets.data<int32_t>(),
-            inverse.data<int32_t>(), tiles.data<int32_t>()};
+    return {token.data<int32_t>(),         expert.data<int32_t>(),  score.data(),         counts.data<int32_t>(), offsets.data<int32_t>(),
+            token_offsets.data<int32_t>(), inverse.data<int32_t>(), tiles.data<int32_t>()};
   }
   Arrays get() const {
     Arrays a(s);
-    a.token = token.download<int32_t>(), a.expert = expert.download<int32_t>(), a.counts = counts.download<int32_t>(), a.offsets = offsets.download<int32_t>();
+    a.token = token.download<int32_t>(), a.expert = expert.download<int32_t>(), a.counts = counts.download<int32_t>(),
+    a.offsets = offsets.download<int32_t>();
     a.token_offsets = token_offsets.download<int32_t>(), a.inverse = inverse.download<int32_t>(), a.order = order.download<int32_t>();
     a.score = score.download<float>();
     return a;
   }
   bool guards_hold() const {
-    return token.guards_hold() && expert.guards_hold() && score.guards_hold() && counts.guards_hold() && offsets.guards_hold() && token_offsets.guards_hold() &&
-           inverse.guards_hold() && order.guards_hold() && tiles.guards_hold();
+    return token.guards_hold() && expert.guards_hold() && score.guards_hold() && counts.guards_hold() && offsets.guards_hold() &&
+           token_offsets.guards_hold() && inverse.guards_hold() && order.guards_hold() && tiles.guards_hold();
   }
   // The work list against one made here from the offsets.
   bool work_list_holds(const std::vector<int32_t>& offset) const {
@@ -131,7 +146,8 @@ DeviceMemory ids_on_device(const std::vector<int64_t>& ids, DType dtype) {
 }
 
 // Runs `run` twice on fresh poisoned routings and compares both with `expected`.
-template <class Run> void expect_routing(Verdict& verdict, const std::string& name, const Shape& s, const Arrays& expected, Run run) {
+template <class Run>
+void expect_routing(Verdict& verdict, const std::string& name, const Shape& s, const Arrays& expected, Run run) {
   for (int turn = 0; turn < 2; turn++) {
     DeviceRouting out(s);
     run(out);
@@ -143,10 +159,17 @@ template <class Run> void expect_routing(Verdict& verdict, const std::string& na
   }
 }
 
-struct Setting { int64_t T, E, K; double dropped = 0; std::optional<int64_t> all_to = {}; };
+struct Setting {
+  int64_t T, E, K;
+  double dropped = 0;
+  std::optional<int64_t> all_to = {};
+};
 std::vector<Setting> settings(bool small) {
-  std::vector<Setting> list = {{0, 5, 2}, {1, 1, 1}, {1, 300, 7}, {300, 1, 1}, {777, 7, 3, 0.3}, {100, 5, 2, 1.1}, {1000, 64, 6, 0.1}, {600, 4096, 5}, {513, 32, 1, 0, 3}};
-  if (!small) for (const Setting& c : {Setting{24576, 128, 8}, {32768, 512, 10, 0.05}, {5000, 4096, 128}, {20000, 2, 2}, {40000, 256, 4, 0, 255}}) list.push_back(c);
+  std::vector<Setting> list = {{0, 5, 2},        {1, 1, 1},          {1, 300, 7},    {300, 1, 1},       {777, 7, 3, 0.3},
+                               {100, 5, 2, 1.1}, {1000, 64, 6, 0.1}, {600, 4096, 5}, {513, 32, 1, 0, 3}};
+  if (!small)
+    for (const Setting& c : {Setting{24576, 128, 8}, {32768, 512, 10, 0.05}, {5000, 4096, 128}, {20000, 2, 2}, {40000, 256, 4, 0, 255}})
+      list.push_back(c);
   return list;
 }
 
@@ -156,7 +179,8 @@ bool check_metadata(bool small) {
   int turn = 0;
   for (const Setting& c : settings(small)) {
     const std::string name = fmt::format("({}, {}, {}, {})", c.T, c.E, c.K, c.dropped);
-    const DType id_type = turn % 2 ? DType::I64 : DType::I32, weight_type = std::array{DType::F32, DType::BF16, DType::F16}[static_cast<size_t>(turn++ % 3)];
+    const DType id_type = turn % 2 ? DType::I64 : DType::I32,
+                weight_type = std::array{DType::F32, DType::BF16, DType::F16}[static_cast<size_t>(turn++ % 3)];
     const std::vector<int64_t> ids = random_ids(c.T, c.E, c.K, c.dropped, rng, c.all_to);
     std::vector<float> weights = uniform(c.T * c.K, rng);
     {
@@ -164,15 +188,16 @@ bool check_metadata(bool small) {
       const DeviceMemory scratch(cuda::index_scratch(s)), d_weights = converted(weights, weight_type);
       Arrays expected(s);
       cpu::index_topk({s, ids.data(), DType::I64, weights.data(), DType::F32, expected.order.data(), expected.views(), nullptr}, {});
-      std::vector<int64_t> signed_ids = ids;   // half of the ids to drop are negative
-      for (size_t i = 0; i < ids.size(); i += 2) if (ids[i] >= c.E) signed_ids[i] = -1 - static_cast<int64_t>(i);
+      std::vector<int64_t> signed_ids = ids;  // half of the ids to drop are negative
+      for (size_t i = 0; i < ids.size(); i += 2)
+        if (ids[i] >= c.E) signed_ids[i] = -1 - static_cast<int64_t>(i);
       const DeviceMemory d_ids = ids_on_device(signed_ids, id_type);
       expect_routing(verdict, "topk " + name, s, expected, [&](const DeviceRouting& out) {
         cuda::index_topk({s, d_ids.data(), id_type, d_weights.data(), weight_type, out.order.data<int32_t>(), out.views(), scratch.data()}, {});
       });
       verdict(scratch.guards_hold(), "topk " + name + ": scratch");
     }
-    const int64_t spare = turn % 2 ? 5 : 0;   // dropped pairs at the end
+    const int64_t spare = turn % 2 ? 5 : 0;  // dropped pairs at the end
     const Shape s{.T = c.T, .d = 8, .n = 8, .E = c.E, .R_cap = c.T * c.K + spare, .kind = RoutingKind::Lists};
     std::vector<int64_t> tokens, experts, place(static_cast<size_t>(s.R_cap));
     for (size_t i = 0; i < place.size(); i++) place[i] = static_cast<int64_t>(i);
@@ -184,7 +209,8 @@ bool check_metadata(bool small) {
       experts.push_back(real ? ids[static_cast<size_t>(i)] : c.E);
       scores.push_back(real ? weights[static_cast<size_t>(i)] : 0.5f);
     }
-    const DeviceMemory scratch(cuda::index_scratch(s)), d_tokens = ids_on_device(tokens, id_type), d_experts = ids_on_device(experts, id_type), d_scores = on_device(scores);
+    const DeviceMemory scratch(cuda::index_scratch(s)), d_tokens = ids_on_device(tokens, id_type), d_experts = ids_on_device(experts, id_type),
+                                                        d_scores = on_device(scores);
     Arrays expected(s);
     cpu::index_lists({s, tokens.data(), experts.data(), DType::I64, scores.data(), expected.order.data(), expected.views(), nullptr}, {});
     expect_routing(verdict, "lists " + name, s, expected, [&](const DeviceRouting& out) {
@@ -234,7 +260,8 @@ bool check_router(bool small) {
   Verdict verdict;
   Rng rng(2);
   int turn = 0;
-  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1}, {5, 5}, {32, 4}, {33, 16}, {64, 6}, {128, 8}, {200, 3}, {256, 8}, {512, 10}, {512, 17}, {513, 4}, {1000, 30}, {4096, 128}};
+  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1},   {5, 5},    {32, 4},   {33, 16}, {64, 6},    {128, 8},   {200, 3},
+                                                          {256, 8}, {512, 10}, {512, 17}, {513, 4}, {1000, 30}, {4096, 128}};
   for (const auto& [E, K] : sizes)
     for (RouterKind kind : {RouterKind::TopkSoftmax, RouterKind::SoftmaxTopk, RouterKind::SoftmaxTopkNorm})
       for (int64_t T : {int64_t{0}, int64_t{1}, small ? int64_t{70} : int64_t{9000}}) {
@@ -242,8 +269,9 @@ bool check_router(bool small) {
         const DType dtype = std::array{DType::F32, DType::BF16, DType::F16}[static_cast<size_t>(turn++ % 3)];
         const std::string name = fmt::format("T {} E {} K {} kind {} dtype {}", T, E, K, static_cast<int>(kind), static_cast<int>(dtype));
         std::vector<float> logits = normal(T * E, rng, 2);
-        if (turn % 4 == 0) for (float& x : logits) x = std::round(x);                       // ties
-        if (turn % 8 == 0) std::fill(logits.begin(), logits.end(), 0.f);                    // nothing but ties
+        if (turn % 4 == 0)
+          for (float& x : logits) x = std::round(x);                      // ties
+        if (turn % 8 == 0) std::fill(logits.begin(), logits.end(), 0.f);  // nothing but ties
         const DeviceMemory d_logits = converted(logits, dtype), scratch(cuda::topk_scratch(T, E, K));
         const auto slots = static_cast<size_t>(T * K), cells = static_cast<size_t>(T * E);
         std::vector<int32_t> ids(slots), counts(static_cast<size_t>(E));
@@ -251,16 +279,19 @@ bool check_router(bool small) {
         cpu::topk({T, E, K, kind, logits.data(), DType::F32, ids.data(), weights.data(), counts.data(), aux.data(), nullptr}, {});
         std::vector<float> first;
         DeviceMemory d_ids(4 * slots), d_weights(4 * slots), d_counts(4 * static_cast<size_t>(E)), d_aux(4);
-        for (int run = 0; run < 3; run++) {   // the last without aux
+        for (int run = 0; run < 3; run++) {  // the last without aux
           d_ids = DeviceMemory(4 * slots), d_weights = DeviceMemory(4 * slots), d_counts = DeviceMemory(4 * static_cast<size_t>(E));
           if (run < 2) d_aux = DeviceMemory(4);
-          cuda::topk({T, E, K, kind, d_logits.data(), dtype, d_ids.data<int32_t>(), d_weights.data(), d_counts.data<int32_t>(), run < 2 ? d_aux.data() : nullptr, scratch.data()}, {});
+          cuda::topk({T, E, K, kind, d_logits.data(), dtype, d_ids.data<int32_t>(), d_weights.data(), d_counts.data<int32_t>(),
+                      run < 2 ? d_aux.data() : nullptr, scratch.data()},
+                     {});
           MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
           verdict(d_ids.download<int32_t>() == ids, name + ": ids");
           verdict(d_counts.download<int32_t>() == counts, name + ": counts");
           verdict(error(d_weights.download<float>(), weights) <= 1e-6, name + ": weights");
           verdict(error(d_aux.download<float>(), aux) <= 1e-5, name + fmt::format(": aux {} {}", d_aux.download<float>()[0], aux[0]));
-          verdict(d_ids.guards_hold() && d_weights.guards_hold() && d_counts.guards_hold() && d_aux.guards_hold() && scratch.guards_hold(), name + ": guards");
+          verdict(d_ids.guards_hold() && d_weights.guards_hold() && d_counts.guards_hold() && d_aux.guards_hold() && scratch.guards_hold(),
+                  name + ": guards");
           std::vector<float> bits = d_weights.download<float>();
           bits.push_back(d_aux.download<float>()[0]);
           if (run == 0) first = bits;
@@ -274,11 +305,15 @@ bool check_router(bool small) {
         const DeviceMemory d_dweights = on_device(dweights), d_inverse = on_device(inverse), d_parts = on_device(ds_parts), d_daux = on_device(daux);
         for (bool from_parts : {false, true})
           for (bool with_aux : {false, true}) {
-            cpu::topk_backward({T, E, K, kind, logits.data(), DType::F32, ids.data(), weights.data(), counts.data(), from_parts ? nullptr : dweights.data(), ds_parts.data(), parts,
-                                inverse.data(), R_cap, with_aux ? daux.data() : nullptr, dlogits.data()}, {});
+            cpu::topk_backward(
+                {T, E, K, kind, logits.data(), DType::F32, ids.data(), weights.data(), counts.data(), from_parts ? nullptr : dweights.data(),
+                 ds_parts.data(), parts, inverse.data(), R_cap, with_aux ? daux.data() : nullptr, dlogits.data()},
+                {});
             const DeviceMemory out(cells * size_of(dtype));
-            cuda::topk_backward({T, E, K, kind, d_logits.data(), dtype, d_ids.data<int32_t>(), d_weights.data(), d_counts.data<int32_t>(), from_parts ? nullptr : d_dweights.data(),
-                                 d_parts.data(), parts, d_inverse.data<int32_t>(), R_cap, with_aux ? d_daux.data() : nullptr, out.data()}, {});
+            cuda::topk_backward({T, E, K, kind, d_logits.data(), dtype, d_ids.data<int32_t>(), d_weights.data(), d_counts.data<int32_t>(),
+                                 from_parts ? nullptr : d_dweights.data(), d_parts.data(), parts, d_inverse.data<int32_t>(), R_cap,
+                                 with_aux ? d_daux.data() : nullptr, out.data()},
+                                {});
             MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
             const double e = error(widened(out, dtype), dlogits);
             verdict(e <= (dtype == DType::F32 ? 2e-6 : 4e-3) || K == 1, fmt::format("{}: dlogits {} parts {} aux {}", name, e, from_parts, with_aux));
@@ -302,14 +337,22 @@ std::vector<float> softmax_scores(int64_t T, int64_t E, Rng& rng, float deviatio
 bool check_token_rounding(bool small) {
   Verdict verdict;
   Rng rng(3);
-  struct Rounding { int64_t T, E, K, tile; };
-  std::vector<Rounding> list = {{300, 6, 2, 32}, {50, 6, 2, 1}, {20, 6, 2, 32}, {40, 64, 3, 8}, {129, 4, 1, 16}, {64, 5, 2, 64}, {70, 1, 1, 32}, {0, 4, 2, 8}, {200, 300, 17, 16}};
-  if (!small) for (const Rounding& c : {Rounding{24576, 128, 8, 128}, {9000, 512, 10, 128}, {3000, 1500, 20, 128}, {1000, 4096, 3, 32}, {30000, 33, 4, 2048}, {50000, 20, 2, 128}}) list.push_back(c);
+  struct Rounding {
+    int64_t T, E, K, tile;
+  };
+  std::vector<Rounding> list = {{300, 6, 2, 32}, {50, 6, 2, 1},  {20, 6, 2, 32}, {40, 64, 3, 8},    {129, 4, 1, 16},
+                                {64, 5, 2, 64},  {70, 1, 1, 32}, {0, 4, 2, 8},   {200, 300, 17, 16}};
+  if (!small)
+    for (const Rounding& c :
+         {Rounding{24576, 128, 8, 128}, {9000, 512, 10, 128}, {3000, 1500, 20, 128}, {1000, 4096, 3, 32}, {30000, 33, 4, 2048}, {50000, 20, 2, 128}})
+      list.push_back(c);
   for (const Rounding& c : list)
     for (int kind = 0; kind < (c.T > 5000 ? 2 : 4); kind++) {
       std::vector<float> scores = softmax_scores(c.T, c.E, rng);
-      if (kind == 1) for (float& x : scores) x = static_cast<float>(rng() % 3) / 4;
-      if (kind == 2) for (size_t i = 0; i < scores.size(); i++) scores[i] = static_cast<int64_t>(i) / c.E % c.E == static_cast<int64_t>(i) % c.E;
+      if (kind == 1)
+        for (float& x : scores) x = static_cast<float>(rng() % 3) / 4;
+      if (kind == 2)
+        for (size_t i = 0; i < scores.size(); i++) scores[i] = static_cast<int64_t>(i) / c.E % c.E == static_cast<int64_t>(i) % c.E;
       if (kind == 3) std::fill(scores.begin(), scores.end(), 0.f);
       const DeviceMemory d_scores = on_device(scores);
       for (int rule = 0; rule < 6; rule++) {
@@ -319,7 +362,7 @@ bool check_token_rounding(bool small) {
         const bool renormalize = (rule + kind) % 2;
         Arrays expected(s);
         cpu::token_round({s, c.K, c.tile, r, renormalize, 11, scores.data(), expected.views(), nullptr}, {});
-        std::fill(expected.order.begin(), expected.order.end(), -1);   // not of this op: as poisoned
+        std::fill(expected.order.begin(), expected.order.end(), -1);  // not of this op: as poisoned
         const DeviceMemory scratch(cuda::token_round_scratch(s));
         expect_routing(verdict, name, s, expected, [&](const DeviceRouting& out) {
           cuda::token_round({s, c.K, c.tile, r, renormalize, 11, d_scores.data<float>(), out.views(), scratch.data()}, {});
@@ -332,33 +375,50 @@ bool check_token_rounding(bool small) {
 
 void perf() {
   Rng rng(4);
-  printf("%-22s %9s %9s %9s %9s %9s %9s %9s | %s\n", "us (T, E, K)", "topk f32", "topk bf16", "backward", "index", "lists", "ready", "rows", "token rounding NR-f, SR-f, NR-s, up, down, balance-f");
-  for (const auto& [T, E, K] : {std::tuple<int64_t, int64_t, int64_t>{24576, 128, 8}, {24576, 32, 2}, {32768, 256, 16}, {32768, 512, 10}, {16384, 256, 8}, {40960, 128, 8}, {1024, 128, 8}, {16384, 512, 10}, {16384, 256, 4}}) {
+  printf("%-22s %9s %9s %9s %9s %9s %9s %9s | %s\n", "us (T, E, K)", "topk f32", "topk bf16", "backward", "index", "lists", "ready", "rows",
+         "token rounding NR-f, SR-f, NR-s, up, down, balance-f");
+  for (const auto& [T, E, K] : {std::tuple<int64_t, int64_t, int64_t>{24576, 128, 8},
+                                {24576, 32, 2},
+                                {32768, 256, 16},
+                                {32768, 512, 10},
+                                {16384, 256, 8},
+                                {40960, 128, 8},
+                                {1024, 128, 8},
+                                {16384, 512, 10},
+                                {16384, 256, 4}}) {
     const Shape s{.T = T, .d = 8, .n = 8, .E = E, .K = K, .R_cap = T * K, .kind = RoutingKind::TopK};
     const DeviceRouting out(s);
     std::vector<float> logits = normal(T * E, rng), copy = logits;
-    const DeviceMemory d_logits = on_device(logits), half = converted(copy, DType::BF16), ids(4 * T * K), weights(4 * T * K), aux(4), scratch(cuda::topk_scratch(T, E, K)), dlogits(4 * T * E);
+    const DeviceMemory d_logits = on_device(logits), half = converted(copy, DType::BF16), ids(4 * T * K), weights(4 * T * K), aux(4),
+                       scratch(cuda::topk_scratch(T, E, K)), dlogits(4 * T * E);
     const DeviceMemory index(cuda::index_scratch(s)), parts = on_device(normal(T * K, rng));
     const auto topk = [&](const DeviceMemory& from, DType dtype) {
       return microseconds([&](Stream stream) {
-        cuda::topk({T, E, K, RouterKind::TopkSoftmax, from.data(), dtype, ids.data<int32_t>(), weights.data(), out.counts.data<int32_t>(), aux.data(), scratch.data()}, stream);
+        cuda::topk({T, E, K, RouterKind::TopkSoftmax, from.data(), dtype, ids.data<int32_t>(), weights.data(), out.counts.data<int32_t>(), aux.data(),
+                    scratch.data()},
+                   stream);
       });
     };
     printf("(%5ld, %3ld, %2ld)        %9.1f %9.1f", T, E, K, topk(d_logits, DType::F32), topk(half, DType::BF16));
     cuda::index_topk({s, ids.data(), DType::I32, weights.data(), DType::F32, nullptr, out.views(), index.data()}, {});
     printf(" %9.1f", microseconds([&](Stream stream) {
-      cuda::topk_backward({T, E, K, RouterKind::TopkSoftmax, half.data(), DType::BF16, ids.data<int32_t>(), weights.data(), out.counts.data<int32_t>(), nullptr, parts.data(), 1,
-                           out.inverse.data<int32_t>(), T * K, nullptr, dlogits.data()}, stream);
-    }));
-    printf(" %9.1f", microseconds([&](Stream stream) { cuda::index_topk({s, ids.data(), DType::I32, weights.data(), DType::F32, nullptr, out.views(), index.data()}, stream); }));
+             cuda::topk_backward({T, E, K, RouterKind::TopkSoftmax, half.data(), DType::BF16, ids.data<int32_t>(), weights.data(),
+                                  out.counts.data<int32_t>(), nullptr, parts.data(), 1, out.inverse.data<int32_t>(), T * K, nullptr, dlogits.data()},
+                                 stream);
+           }));
+    printf(" %9.1f", microseconds([&](Stream stream) {
+             cuda::index_topk({s, ids.data(), DType::I32, weights.data(), DType::F32, nullptr, out.views(), index.data()}, stream);
+           }));
     Shape lists = s;
     lists.kind = RoutingKind::Lists;
     const DeviceRouting other(lists);
     const DeviceMemory list_scratch(cuda::index_scratch(lists));
     const Arrays sorted = out.get();
     printf(" %9.1f", microseconds([&](Stream stream) {
-      cuda::index_lists({lists, out.token.data(), out.expert.data(), DType::I32, static_cast<float*>(out.score.data()), nullptr, other.views(), list_scratch.data()}, stream);
-    }));
+             cuda::index_lists({lists, out.token.data(), out.expert.data(), DType::I32, static_cast<float*>(out.score.data()), nullptr, other.views(),
+                                list_scratch.data()},
+                               stream);
+           }));
     printf(" %9.1f", microseconds([&](Stream stream) { cuda::index_rows({lists, other.views(), list_scratch.data()}, stream); }));
     Shape rows = s;
     rows.kind = RoutingKind::Rows, rows.T = rows.R_cap;
@@ -371,7 +431,9 @@ void perf() {
       const Shape rounded{.T = T, .d = 8, .n = 8, .E = E, .R_cap = rounded_capacity(T, E, K, 128, r), .kind = RoutingKind::Lists};
       const DeviceRouting to(rounded);
       const DeviceMemory memory(cuda::token_round_scratch(rounded));
-      printf(" %7.1f", microseconds([&](Stream stream) { cuda::token_round({rounded, K, 128, r, false, 11, scores.data<float>(), to.views(), memory.data()}, stream); }));
+      printf(" %7.1f", microseconds([&](Stream stream) {
+               cuda::token_round({rounded, K, 128, r, false, 11, scores.data<float>(), to.views(), memory.data()}, stream);
+             }));
     }
     printf("\n");
     fflush(stdout);

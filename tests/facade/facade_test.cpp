@@ -40,7 +40,8 @@ TEST(Facade, BackwardIsTheGradientOfForward) {
   const auto weights = machmoe::concatenated(layer, v.w1.data(), v.w2.data());
   const machmoe::Saved saved = layer.forward(routing, weights, v.x.data(), v.o.data());
   std::vector<float> dx(T * d), dw1(v.w1.size()), dw2(v.w2.size());
-  layer.backward(routing, weights, saved, v.x.data(), v.d_o.data(), {.dx = dx.data(), .weights = machmoe::concatenated(layer, dw1.data(), dw2.data())});
+  layer.backward(routing, weights, saved, v.x.data(), v.d_o.data(),
+                 {.dx = dx.data(), .weights = machmoe::concatenated(layer, dw1.data(), dw2.data())});
   const auto loss_at = [&](float step) {
     std::vector<float> x = v.x, o(T * d);
     for (size_t i = 0; i < x.size(); i++) x[i] += step * dx[i];
@@ -53,7 +54,8 @@ TEST(Facade, BackwardIsTheGradientOfForward) {
 }
 
 TEST(Facade, ListsGiveTheBitsOfTopK) {
-  const machmoe::Layer topk = f32_layer(), lists({.dtype = MACHMOE_F32, .routing_kind = MACHMOE_LISTS, .T = T, .d = d, .n = n, .E = E, .row_capacity = T * K});
+  const machmoe::Layer topk = f32_layer(),
+                       lists({.dtype = MACHMOE_F32, .routing_kind = MACHMOE_LISTS, .T = T, .d = d, .n = n, .E = E, .row_capacity = T * K});
   Data v;
   std::vector<int32_t> tokens(T * K);
   for (size_t i = 0; i < tokens.size(); i++) tokens[i] = static_cast<int32_t>(i / K);
@@ -61,7 +63,7 @@ TEST(Facade, ListsGiveTheBitsOfTopK) {
   std::vector<float> a(T * d), b(T * d);
   topk.forward(topk.route_topk(v.ids.data(), v.weights.data()), weights, v.x.data(), a.data());
   lists.forward(lists.route_lists(tokens.data(), v.ids.data(), v.weights.data()), weights, v.x.data(), b.data());
-  for (size_t i = 0; i < a.size(); i++) EXPECT_NEAR(a[i], b[i], 1e-6f * (1 + std::abs(a[i])));   // two rows per token may be added in either order
+  for (size_t i = 0; i < a.size(); i++) EXPECT_NEAR(a[i], b[i], 1e-6f * (1 + std::abs(a[i])));  // two rows per token may be added in either order
 }
 
 TEST(Facade, FailuresAreExceptionsWithTheSentence) {

@@ -18,10 +18,10 @@ class Input {
   Input(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   uint8_t byte() { return at_ < size_ ? data_[at_++] : 0; }
   // Small sizes most of the time, hostile ones now and then.
-  int64_t size(int64_t typical) {
+  int64_t size(int64_t typical, int64_t unit = 1) {
     constexpr int64_t hostile[] = {-1, INT64_MIN, INT64_MAX, int64_t{1} << 31, int64_t{1} << 62};
     const uint8_t b = byte();
-    return b < 250 ? b % (typical + 1) : hostile[b - 250 < 5 ? b - 250 : 0];
+    return b < 250 ? b % (typical + 1) * unit : hostile[b - 250 < 5 ? b - 250 : 0];
   }
   int32_t code(int32_t last) {
     const uint8_t b = byte();
@@ -43,7 +43,7 @@ bool ok(machmoe_status status) {
   require(status != MACHMOE_INTERNAL_ERROR, "no internal error");
   return status == MACHMOE_OK;
 }
-constexpr int64_t kLimit = 4096;   // elements: calls beyond it are only asked for their sizes
+constexpr int64_t kLimit = 4096;  // elements: calls beyond it are only asked for their sizes
 
 }  // namespace
 
@@ -55,12 +55,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   layer.activation = in.code(8);
   layer.routing_kind = in.code(2);
   layer.T = in.size(12);
-  layer.d = 8 * in.size(3);
-  layer.n = 8 * in.size(3);
+  layer.d = in.size(3, 8);
+  layer.n = in.size(3, 8);
   layer.E = in.size(5);
   layer.K = in.size(4);
-  layer.row_capacity = in.byte() < 200 ? (layer.routing_kind == MACHMOE_ROWS ? layer.T : static_cast<int64_t>(static_cast<uint64_t>(layer.T) * static_cast<uint64_t>(layer.K)))
-                                       : in.size(40);
+  layer.row_capacity =
+      in.byte() < 200
+          ? (layer.routing_kind == MACHMOE_ROWS ? layer.T : static_cast<int64_t>(static_cast<uint64_t>(layer.T) * static_cast<uint64_t>(layer.K)))
+          : in.size(40);
   size_t metadata_bytes = 0, scratch_bytes = 0, forward_bytes = 0, backward_bytes = 0;
   if (!ok(machmoe_routing_bytes(&layer, 1, &metadata_bytes, &scratch_bytes))) return 0;
   if (!ok(machmoe_forward_workspace_bytes(&layer, &forward_bytes)) || !ok(machmoe_backward_workspace_bytes(&layer, 0, &backward_bytes))) return 0;
@@ -81,9 +83,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int32_t score_dtype = accum == 8 ? MACHMOE_F64 : MACHMOE_F32;
   machmoe_status status = MACHMOE_OK;
   if (layer.routing_kind == MACHMOE_TOPK) {
-    status = machmoe_routing_from_topk(&layer, experts.data(), MACHMOE_I32, scores.data(), score_dtype, nullptr, &routing, scratch.data(), scratch_bytes, nullptr);
+    status = machmoe_routing_from_topk(&layer, experts.data(), MACHMOE_I32, scores.data(), score_dtype, nullptr, &routing, scratch.data(),
+                                       scratch_bytes, nullptr);
   } else if (layer.routing_kind == MACHMOE_LISTS) {
-    status = machmoe_routing_from_lists(&layer, tokens.data(), experts.data(), MACHMOE_I32, scores.data(), nullptr, &routing, scratch.data(), scratch_bytes, nullptr);
+    status = machmoe_routing_from_lists(&layer, tokens.data(), experts.data(), MACHMOE_I32, scores.data(), nullptr, &routing, scratch.data(),
+                                        scratch_bytes, nullptr);
   } else {
     for (int64_t e = 0; e < layer.E; e++) routing.counts[e] = static_cast<int32_t>(in.size(6));
     status = machmoe_routing_complete(&layer, &routing, scratch.data(), scratch_bytes, nullptr);
@@ -111,8 +115,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   backward.x = x.data(), backward.h = h.data(), backward.d_o = d_o.data(), backward.dx = dx.data();
   backward.grad_dtype = in.byte() < 250 ? layer.dtype : in.code(5);
   backward.dw1_gate = grads.w1_gate, backward.dw1_up = grads.w1_up, backward.dw2 = grads.w2;
-  if (backward.grad_dtype == layer.dtype)   // the gradients have room for this type
-    ok(machmoe_backward(&layer, &routing, &weights, &backward, in.byte() < 250 ? uint32_t{MACHMOE_PHASE_ALL} : uint32_t{in.byte()}, workspace.data(), given, nullptr));
+  if (backward.grad_dtype == layer.dtype)  // the gradients have room for this type
+    ok(machmoe_backward(&layer, &routing, &weights, &backward, in.byte() < 250 ? uint32_t{MACHMOE_PHASE_ALL} : uint32_t{in.byte()}, workspace.data(),
+                        given, nullptr));
   return 0;
 }
 

@@ -3,10 +3,9 @@
 import math
 import threading
 
+import machmoe
 import pytest
 import torch
-
-import machmoe
 
 CUDA = torch.device("cuda")
 FIELDS = ("token", "expert", "score", "counts", "offsets")
@@ -40,7 +39,9 @@ def test_lists_in_any_order_are_the_routing_of_the_cpu(T, E, K):
 
 
 @pytest.mark.parametrize("rule", ["nr_f", "sr_f", "nr_s", "up", "down", "balance_f"])
-@pytest.mark.parametrize(("T", "E", "K", "tile"), [(3000, 16, 4, 128), (100, 8, 2, 128), (1024, 300, 8, 32), (5000, 64, 3, 1), (0, 4, 1, 8), (6000, 5, 5, 128)])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "tile"), [(3000, 16, 4, 128), (100, 8, 2, 128), (1024, 300, 8, 32), (5000, 64, 3, 1), (0, 4, 1, 8), (6000, 5, 5, 128)]
+)
 def test_token_rounding_gives_the_bits_of_the_cpu(rule, T, E, K, tile):
     torch.manual_seed(1)
     for scores in (torch.randn(T, E).softmax(-1), torch.randint(3, (T, E)).float() / 4):
@@ -115,7 +116,15 @@ def test_activations_and_biases(activation, bias):
 
 @pytest.mark.parametrize(
     ("T", "d", "n", "E", "K"),
-    [(0, 64, 64, 4, 2), (1, 8, 8, 1, 1), (385, 104, 8, 4, 1), (513, 8, 104, 9, 3), (700, 256, 128, 64, 8), (1000, 512, 256, 32, 4), (257, 1024, 512, 8, 2)],
+    [
+        (0, 64, 64, 4, 2),
+        (1, 8, 8, 1, 1),
+        (385, 104, 8, 4, 1),
+        (513, 8, 104, 9, 3),
+        (700, 256, 128, 64, 8),
+        (1000, 512, 256, 32, 4),
+        (257, 1024, 512, 8, 2),
+    ],
 )
 def test_shapes(T, d, n, E, K):
     v = leaves(T, d, n, E, K)
@@ -229,7 +238,11 @@ def test_saved_bytes():
 
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="expected torch.bfloat16"):
-        machmoe.experts(*(torch.randn(s, device=CUDA) for s in ((4, 8), (2, 16, 8), (2, 8, 8))), torch.zeros(4, 1, device=CUDA, dtype=torch.int64), torch.ones(4, 1, device=CUDA))
+        machmoe.experts(
+            *(torch.randn(s, device=CUDA) for s in ((4, 8), (2, 16, 8), (2, 8, 8))),
+            torch.zeros(4, 1, device=CUDA, dtype=torch.int64),
+            torch.ones(4, 1, device=CUDA),
+        )
 
 
 def test_a_thread_that_launched_nothing_before_finds_its_device():

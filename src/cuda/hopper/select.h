@@ -5,9 +5,9 @@
 namespace machmoe::cuda::hopper {
 
 enum class UpProjKernel {
-  Cooperative256,   // SwiGLU, tiles of 128 columns of gate and up, shared by both warpgroups
-  PingPong192,      // SwiGLU, tiles of 96 columns of gate and up, one per warpgroup
-  General256,       // as Cooperative256, for every activation, with limits and biases
+  Cooperative256,  // SwiGLU, tiles of 128 columns of gate and up, shared by both warpgroups
+  PingPong192,     // SwiGLU, tiles of 96 columns of gate and up, one per warpgroup
+  General256,      // as Cooperative256, for every activation, with limits and biases
 };
 UpProjKernel up_proj_kernel(const Shape&, bool bias);
 

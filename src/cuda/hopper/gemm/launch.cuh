@@ -6,7 +6,8 @@ namespace machmoe::cuda::hopper {
 
 constexpr int kGemmThreads = 384;
 
-template <class Params> void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, const Params& p) {
+template <class Params>
+void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, const Params& p) {
   MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   kernel<<<grid, kGemmThreads, smem_bytes, stream_of(stream)>>>(p);
   MACHMOE_CUDA_CALL(cudaGetLastError());

@@ -8,15 +8,16 @@
 
 namespace machmoe::cuda::hopper {
 
-constexpr int kBlockK = 64;                       // of a stage: one row of the swizzle, 128 bytes
-constexpr int kMaxSharedBytes = 232448;           // of a CTA on sm_90
+constexpr int kBlockK = 64;              // of a stage: one row of the swizzle, 128 bytes
+constexpr int kMaxSharedBytes = 232448;  // of a CTA on sm_90
 
-template <int kColumns_, int kStages_> struct Ring {
+template <int kColumns_, int kStages_>
+struct Ring {
   static constexpr int kColumns = kColumns_, kStages = kStages_;
   static constexpr int kABytes = kTileRows * kBlockK * 2, kBBytes = kColumns * kBlockK * 2;
   static constexpr int kBytes = kStages * (kABytes + kBBytes), kControlBytes = 32 * kStages;
 
-  uint32_t stages, control;                       // shared-memory addresses
+  uint32_t stages, control;  // shared-memory addresses
 
   DEV uint32_t a(int s) const { return stages + s * kABytes; }
   DEV uint32_t b(int s) const { return stages + kStages * kABytes + s * kBBytes; }
@@ -39,14 +40,22 @@ template <int kColumns_, int kStages_> struct Ring {
     return {t.x >> 1, t.y, t.z, t.w};
   }
   // By every lane of a consumer warp: done with the stage, told to both CTAs.
-  DEV void release(int s, int lane) const { if (lane < 2) mbar_arrive_remote(empty(s), lane); }
+  DEV void release(int s, int lane) const {
+    if (lane < 2) mbar_arrive_remote(empty(s), lane);
+  }
 };
 
 // A stage and the parity of its use.
-template <class R> struct Slot {
+template <class R>
+struct Slot {
   int stage = 0;
   uint32_t phase = 0;
-  DEV void advance() { if (++stage == R::kStages) { stage = 0; phase ^= 1; } }
+  DEV void advance() {
+    if (++stage == R::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
   DEV void skip(int uses) {
     stage += uses;
     phase ^= stage / R::kStages & 1;

@@ -7,19 +7,21 @@
 namespace machmoe::cuda::hopper {
 
 // kBlocks blocks of 64 rows x N columns over one stage. a, b: shared-memory addresses.
-template <int N, int kBlocks, int kColumns> DEV void multiply(float (&acc)[kBlocks][kColumns / 2], int blocks, uint32_t a, uint32_t b, bool accumulate) {
+template <int N, int kBlocks, int kColumns>
+DEV void multiply(float (&acc)[kBlocks][kColumns / 2], int blocks, uint32_t a, uint32_t b, bool accumulate) {
   const uint64_t da = desc_sw128(a, 16, 1024), db = desc_sw128(b, 16, 1024);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kBlockK / 16; k++)
 #pragma unroll
     for (int i = 0; i < kBlocks; i++)
-      if (i < blocks) Wgmma<N, 0, 0>::mma(*reinterpret_cast<float (*)[N / 2]>(&acc[i][0]), da + 2 * k + 512 * i, db + 2 * k, accumulate || k > 0);
+      if (i < blocks) Wgmma<N, 0, 0>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[i][0]), da + 2 * k + 512 * i, db + 2 * k, accumulate || k > 0);
   wgmma_commit();
 }
 
 // Calls f with the width to multiply by: that of the tile, or the narrowest of 64, 128 and kColumns that covers its last columns.
-template <int kColumns, bool kNarrow, class F> DEV void with_width(int columns, F&& f) {
+template <int kColumns, bool kNarrow, class F>
+DEV void with_width(int columns, F&& f) {
   if constexpr (kNarrow) {
     if (columns <= 64) return f(std::integral_constant<int, 64>());
     if (columns <= 128) return f(std::integral_constant<int, 128>());
@@ -28,13 +30,15 @@ template <int kColumns, bool kNarrow, class F> DEV void with_width(int columns, 
 }
 
 // Both warpgroups share a tile: 64 rows each. One without rows only releases the stages.
-template <int kColumns, int kStages> struct Cooperative {
+template <int kColumns, int kStages>
+struct Cooperative {
   using R = Ring<kColumns, kStages>;
-  static constexpr int kConsumerWarps = 8;   // that release a stage
-  static constexpr int kStride = 1;          // tiles from one of a warpgroup to its next
+  static constexpr int kConsumerWarps = 8;  // that release a stage
+  static constexpr int kStride = 1;         // tiles from one of a warpgroup to its next
 
   // more: there is a first tile.
-  template <class Epilogue, bool kProxyFence> DEV static void consume(const R& ring, Epilogue& epilogue, bool more, int w, int warp, int lane, int k_blocks) {
+  template <class Epilogue, bool kProxyFence>
+  DEV static void consume(const R& ring, Epilogue& epilogue, bool more, int w, int warp, int lane, int k_blocks) {
     float acc[1][kColumns / 2];
     Slot<R> slot;
     while (more) {
@@ -64,20 +68,22 @@ template <int kColumns, int kStages> struct Cooperative {
 
 // Each warpgroup owns a tile of 128 rows: one multiplies while the other runs its epilogue.
 // The order barriers 3 and 4 keep the warpgroups in turn; without them a waiting one would be a whole tile of stage uses ahead, beyond what a parity tells.
-template <int kColumns, int kStages> struct PingPong {
+template <int kColumns, int kStages>
+struct PingPong {
   using R = Ring<kColumns, kStages>;
   static constexpr int kConsumerWarps = 4;
   static constexpr int kStride = 2;
 
-  template <class Epilogue, bool kProxyFence> DEV static void consume(const R& ring, Epilogue& epilogue, bool more, int w, int warp, int lane, int k_blocks) {
+  template <class Epilogue, bool kProxyFence>
+  DEV static void consume(const R& ring, Epilogue& epilogue, bool more, int w, int warp, int lane, int k_blocks) {
     float acc[2][kColumns / 2];
     Slot<R> slot;
     if (w == 1) {
       slot.skip(k_blocks);
-      bar_arrive(3, 256);                    // warpgroup 0 starts
+      bar_arrive(3, 256);  // warpgroup 0 starts
     }
     while (more) {
-      bar_sync(3 + w, 256);                  // my turn at the tensor cores
+      bar_sync(3 + w, 256);  // my turn at the tensor cores
       mbar_wait(ring.full(slot.stage), slot.phase);
       const CtaTile t = ring.posted(slot.stage, more);
       const int rows = t.rows();
@@ -93,11 +99,11 @@ template <int kColumns, int kStages> struct PingPong {
           previous = slot.stage;
           slot.advance();
         }
-        bar_arrive(4 - w, 256);              // all issued: the other warpgroup may start
+        bar_arrive(4 - w, 256);  // all issued: the other warpgroup may start
         wgmma_wait<0>();
         ring.release(previous, lane);
       });
-      slot.skip(k_blocks);                   // those of the other warpgroup
+      slot.skip(k_blocks);  // those of the other warpgroup
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (i * 64 + warp * 16 < rows) epilogue.store(acc[i], t, t.row + i * 64 + warp * 16);

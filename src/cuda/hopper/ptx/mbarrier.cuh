@@ -16,13 +16,17 @@ DEV void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 DEV void mbar_arrive_remote(uint32_t bar, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(cta) : "memory");
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+      "r"(cta)
+      : "memory");
 }
 // Waits until the phase of this parity has completed. Ambiguous by two phases: callers stay within one phase of the barrier.
 DEV void mbar_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar),
+      "r"(parity)
+      : "memory");
 }
 // An arrival counted in the initial count, made once all earlier cp.async of this thread have landed.
 DEV void cp_async_mbar_arrive_noinc(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }

@@ -7,7 +7,10 @@ namespace machmoe::cuda::hopper {
 
 DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEV void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N>
+DEV void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 
 // An operand under the 128-byte swizzle.
 //   K-major tile [rows][64 bf16]:             lbo ignored, sbo = 1024 (8 rows); 16 further along K is 32 bytes, + 2 in the descriptor.

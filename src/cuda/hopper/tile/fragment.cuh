@@ -14,6 +14,9 @@ DEV float2 unpack(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<cons
 
 // stmatrix_x4 and ldmatrix_x4 of column blocks j and j + 1 (8 columns each) of 16 rows: matrices (rows low, j), (high, j), (low, j + 1), (high, j + 1).
 // Byte offset of the row that this lane addresses, in a box of kColumns bf16 columns.
-template <int kColumns> DEV uint32_t matrix_offset(int lane, int j) { return swizzled(lane & 15, j + (lane >> 4), 2 * kColumns); }
+template <int kColumns>
+DEV uint32_t matrix_offset(int lane, int j) {
+  return swizzled(lane & 15, j + (lane >> 4), 2 * kColumns);
+}
 
 }  // namespace machmoe::cuda::hopper

@@ -12,7 +12,8 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
   MACHMOE_CUDA_CALL(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess) throw Error(Status::Backend, "the driver has no cuTensorMapEncodeTiled: install a driver for CUDA 12 or later");
+  if (found != cudaDriverEntryPointSuccess)
+    throw Error(Status::Backend, "the driver has no cuTensorMapEncodeTiled: install a driver for CUDA 12 or later");
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
 
@@ -24,8 +25,8 @@ void bind_context() {
 
 }  // namespace
 
-CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::initializer_list<uint64_t> dims, std::initializer_list<uint64_t> strides,
-                              std::initializer_list<uint32_t> box, int swizzle) {
+CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::initializer_list<uint64_t> dims,
+                              std::initializer_list<uint64_t> strides, std::initializer_list<uint32_t> box, int swizzle) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
   static constexpr uint32_t kDense[5] = {1, 1, 1, 1, 1};
   const CUtensorMapSwizzle mode = swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -37,14 +38,15 @@ CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::i
                   CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = attempt();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {   // a thread that has not launched anything yet: the runtime binds its context here
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not launched anything yet: the runtime binds its context here
     bind_context();
     result = attempt();
   }
   if (result != CUDA_SUCCESS)
-    throw Error(Status::Backend, fmt::format("no tensor map of base {}, sizes {}, byte strides {}, box {} (driver error {}): base and strides must be "
-                                             "multiples of 16 bytes", base, fmt::join(dims, " x "), fmt::join(strides, ", "), fmt::join(box, " x "),
-                                             static_cast<int>(result)));
+    throw Error(Status::Backend,
+                fmt::format("no tensor map of base {}, sizes {}, byte strides {}, box {} (driver error {}): base and strides must be "
+                            "multiples of 16 bytes",
+                            base, fmt::join(dims, " x "), fmt::join(strides, ", "), fmt::join(box, " x "), static_cast<int>(result)));
   return map;
 }
 

@@ -10,11 +10,13 @@ namespace machmoe::cuda::hopper {
 
 // dims, strides (bytes, of every dimension but the first) and box innermost first; swizzle = bytes of its span: 128, 64 or 0. Elements outside are read
 // as zero and not written.
-CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::initializer_list<uint64_t> dims, std::initializer_list<uint64_t> strides,
-                              std::initializer_list<uint32_t> box, int swizzle);
+CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::initializer_list<uint64_t> dims,
+                              std::initializer_list<uint64_t> strides, std::initializer_list<uint32_t> box, int swizzle);
 
-template <class T> constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-template <> inline constexpr CUtensorMapDataType kTensorMapType<float> = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+template <class T>
+constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+template <>
+inline constexpr CUtensorMapDataType kTensorMapType<float> = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
 
 template <class T>
 CUtensorMap tensor_map(const void* base, std::initializer_list<uint64_t> dims, std::initializer_list<uint64_t> strides,
