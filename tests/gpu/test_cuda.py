@@ -1,4 +1,4 @@
-"""The CUDA backend against the CPU backend: equal bits for routings, the numerics contract for the rest. Needs a Hopper GPU: ./dev python -m pytest tests/gpu"""
+"""The CUDA backend against the CPU backend: equal bits for routings, the numerics contract for the rest. Runs on a Hopper GPU."""
 
 import math
 import threading
