@@ -61,9 +61,9 @@ MACHMOE_HD F gelu_erf(F x, F& derivative) {
 
 template <class F>
 MACHMOE_HD F silu(F x, F& derivative) {
-  const F s = sigmoid(x);
-  derivative = s * (F(1) + x * (F(1) - s));
-  return x * s;
+  const F s = sigmoid(x), value = x * s;
+  derivative = s + value * (F(1) - s);
+  return value;
 }
 
 // The compiler drops the derivative where only .a is used; K is a compile-time constant on the GPU.

@@ -16,22 +16,31 @@ namespace machmoe::cuda {
 namespace {
 
 constexpr int kWarps = kIndexThreads / 32;
-constexpr int kPerLane = 4;                            // slots of a lane
-constexpr int kBlockSlots = kIndexThreads * kPerLane;  // slots of a block, in order of warps
-constexpr int kWarpSlots = 32 * kPerLane;
+constexpr int kMaxPerLane = 4;
 
-int64_t blocks_of(int64_t slots) { return std::max<int64_t>(1, (slots + kBlockSlots - 1) / kBlockSlots); }
+// The slots in blocks, in order of warps. Few slots a block scatter fast, many keep the histograms short that every block sums.
+struct Blocks {
+  int per_lane, count;
+  Blocks(int64_t slots, int64_t E) {
+    constexpr int64_t kHistograms = 1 << 15;
+    for (per_lane = 1;; per_lane *= 2) {
+      count = static_cast<int>(std::max<int64_t>(1, (slots + kIndexThreads * per_lane - 1) / (kIndexThreads * per_lane)));
+      if (per_lane == kMaxPerLane || count * E <= kHistograms) return;
+    }
+  }
+};
 
 struct SortParams {
   int64_t slots;  // = R_cap
   int E;
+  Blocks blocks;
   int* histogram;  // [blocks][E]
   Routing out;
   WorkList work;
   int* order;  // optional
 };
 
-// How often each expert occurs in each warp's slots: bytes (a warp has 128 slots), those of an expert side by side. The odd pitch of 9 words
+// How often each expert occurs in each warp's slots: bytes (a warp has at most 128 slots), those of an expert side by side. The odd pitch of 9 words
 // spreads experts over the banks.
 class WarpCounters {
  public:
@@ -70,9 +79,11 @@ extern __shared__ int shared_memory[];
 
 // The experts of this lane's slots (E: dropped) and their ranks among the equal ones of the warp.
 struct LaneSlots {
-  int expert[kPerLane], rank[kPerLane];
+  int expert[kMaxPerLane], rank[kMaxPerLane];
 };
-__device__ int64_t slot_of(int block, int i) { return int64_t{block} * kBlockSlots + threadIdx.x / 32 * kWarpSlots + i * 32 + threadIdx.x % 32; }
+__device__ int64_t slot_of(int per_lane, int block, int i) {
+  return (int64_t{block} * kIndexThreads + threadIdx.x / 32 * 32) * per_lane + i * 32 + threadIdx.x % 32;
+}
 
 // The lanes whose value, below 2^bits, is the same as this lane's: a ballot a bit, which is several times faster than match.any.
 __device__ inline unsigned same_value(int value, int bits) {
@@ -90,15 +101,17 @@ __device__ LaneSlots count_slots(const SortParams& p, const SortMemory& m, const
   m.counters.clear(p.E);
   LaneSlots slots;
 #pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    const int64_t slot = slot_of(block, i);
+  for (int i = 0; i < kMaxPerLane; i++) {
+    if (i == p.blocks.per_lane) break;
+    const int64_t slot = slot_of(p.blocks.per_lane, block, i);
     const uint64_t id = slot < p.slots ? static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) : ~uint64_t{0};
     slots.expert[i] = id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;  // a negative id is a huge one
   }
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bits = 32 - __clz(p.E);
 #pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
+  for (int i = 0; i < kMaxPerLane; i++) {
+    if (i == p.blocks.per_lane) break;
     const int e = slots.expert[i];
     const unsigned same = same_value(e, bits);
     const int below = __popc(same & ((1u << lane) - 1)), before = e < p.E ? m.counters.at(e, warp) : 0;
@@ -138,14 +151,16 @@ __device__ inline void sum_histograms(const SortParams& p, const SortMemory& m, 
 
 // put(slot, row) for every kept slot of this block; a dropped one gets inverse -1.
 template <class Id, class Put>
-__device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids, int block, int blocks, Put put) {
+__device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids, int block, Put put) {
+  const int blocks = p.blocks.count;
   sum_histograms(p, m, block, blocks);
   m.scan.run(p.E, p.slots, [&](int e) { return m.total[e]; });
   write_work(m.scan, p.E, block, blocks, p.out.counts, p.out.offsets, p.work);
   const LaneSlots slots = count_slots(p, m, ids, block);
 #pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    const int64_t slot = slot_of(block, i);
+  for (int i = 0; i < kMaxPerLane; i++) {
+    if (i == p.blocks.per_lane) break;
+    const int64_t slot = slot_of(p.blocks.per_lane, block, i);
     if (slot >= p.slots) continue;
     const int e = slots.expert[i];
     if (e == p.E) {
@@ -168,12 +183,14 @@ __device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids,
 template <class Id>
 __global__ void __launch_bounds__(kIndexThreads, 1) topk_histogram_kernel(SortParams p, const Id* ids) {
   const SortMemory m(p.E, shared_memory);
+  begin_after_previous();
   histogram_phase(p, m, ids, blockIdx.x);
 }
 template <class Id, class Weight>
 __global__ void __launch_bounds__(kIndexThreads, 1) topk_scatter_kernel(SortParams p, const Id* ids, const Weight* weights, unsigned K) {
   SortMemory m(p.E, shared_memory);
-  scatter_phase(p, m, ids, blockIdx.x, gridDim.x, [&](int64_t slot, int row) {
+  begin_after_previous();
+  scatter_phase(p, m, ids, blockIdx.x, [&](int64_t slot, int row) {
     p.out.token[row] = static_cast<int>(static_cast<unsigned>(slot) / K);
     static_cast<float*>(p.out.score)[row] = static_cast<float>(weights[slot]);
     if (p.order) p.order[row] = static_cast<int>(slot);
@@ -277,11 +294,11 @@ __global__ void __launch_bounds__(kIndexThreads, 1) lists_kernel(ListsParams p) 
         p.slot_position[slot] = position;
       });
   grid.sync();
-  const int blocks = static_cast<int>((slots + kBlockSlots - 1) / kBlockSlots);
+  const int blocks = p.sort.blocks.count;
   for (int block = blockIdx.x; block < blocks; block += gridDim.x) histogram_phase(p.sort, m, p.slot_expert, block);
   grid.sync();
   for (int block = blockIdx.x; block < blocks; block += gridDim.x)
-    scatter_phase(p.sort, m, p.slot_expert, block, blocks, [&](int64_t slot, int row) {
+    scatter_phase(p.sort, m, p.slot_expert, block, [&](int64_t slot, int row) {
       const int position = p.slot_position[slot];
       p.sort.out.token[row] = static_cast<int>(tokens[position]);
       if (p.scores) static_cast<float*>(p.sort.out.score)[row] = p.scores[position];
@@ -332,7 +349,7 @@ struct Scratch {
 Scratch book(const Shape& s, Workspace& ws) {
   constexpr int kMaxGrid = 1024;  // SMs of any device
   Scratch b{};
-  if (s.kind != RoutingKind::Rows) b.histogram = ws.take<int>(blocks_of(s.R_cap) * s.E);
+  if (s.kind != RoutingKind::Rows) b.histogram = ws.take<int>(int64_t{Blocks(s.R_cap, s.E).count} * s.E);
   if (s.kind != RoutingKind::Lists) return b;
   b.cursor = ws.take<int>(s.T);
   b.sums = ws.take<int>(kMaxGrid);
@@ -367,19 +384,20 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
   Workspace ws(a.scratch);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), book(s, ws).histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order};
-  const auto blocks = static_cast<unsigned>(blocks_of(s.R_cap));
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Blocks(s.R_cap, s.E), book(s, ws).histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E),
+                     a.order};
+  const auto blocks = static_cast<unsigned>(p.blocks.count);
   const size_t smem = SortMemory::bytes(s.E);
   dispatch_ids(a.ids_dtype, [&](auto id) {
     using Id = decltype(id);
     const auto* ids = static_cast<const Id*>(a.ids);
     allow_smem(topk_histogram_kernel<Id>, smem);
-    topk_histogram_kernel<Id><<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids);
+    launch_overlapped(topk_histogram_kernel<Id>, blocks, kIndexThreads, smem, stream, p, ids);
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       using Weight = decltype(weight);
       allow_smem(topk_scatter_kernel<Id, Weight>, smem);
-      topk_scatter_kernel<Id, Weight>
-          <<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids, static_cast<const Weight*>(a.weights), static_cast<unsigned>(s.K));
+      launch_overlapped(topk_scatter_kernel<Id, Weight>, blocks, kIndexThreads, smem, stream, p, ids, static_cast<const Weight*>(a.weights),
+                        static_cast<unsigned>(s.K));
     });
   });
   MACHMOE_CUDA_CALL(cudaGetLastError());
@@ -395,7 +413,7 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   }
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const ListsParams p{{s.R_cap, static_cast<int>(s.E), b.histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order},
+  const ListsParams p{{s.R_cap, static_cast<int>(s.E), Blocks(s.R_cap, s.E), b.histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order},
                       token_groups(s, a.out, b),
                       a.token_ids,
                       a.expert_ids,

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <climits>
 #include <cstdint>
 
 namespace machmoe::cuda {
@@ -31,28 +32,43 @@ __device__ inline float warp_max(float v) {  // NaN wins
 }
 
 // The best of 32 kPerLane candidates, ties to the lower index; candidate j of a lane has index 32 j + lane. Key 0: none.
+// Every lane sorts its own once; then the best of all is the best of the lanes' first.
 template <int kPerLane>
 struct WarpSelect {
   uint32_t key[kPerLane];
-  uint32_t best = 0;
-  int best_j = 0;
+  int index[kPerLane];
 
-  __device__ void rescan() {
-    best = 0;
+  // Adjacent transpositions: equal keys keep their order.
+  __device__ void sort(int lane) {
 #pragma unroll
-    for (int j = 0; j < kPerLane; j++) {
-      best_j = key[j] > best ? j : best_j;
-      best = max(best, key[j]);
-    }
+    for (int j = 0; j < kPerLane; j++) index[j] = j * 32 + lane;
+#pragma unroll
+    for (int round = 0; round < kPerLane; round++)
+#pragma unroll
+      for (int j = round % 2; j + 1 < kPerLane; j += 2) {
+        const bool swap = key[j] < key[j + 1];
+        const uint32_t high = swap ? key[j + 1] : key[j];
+        const int first = swap ? index[j + 1] : index[j];
+        key[j + 1] = swap ? key[j] : key[j + 1];
+        index[j + 1] = swap ? index[j] : index[j + 1];
+        key[j] = high;
+        index[j] = first;
+      }
   }
   // Takes the best candidate out and returns its index, the same in all lanes.
-  __device__ int take(int lane) {
-    const uint32_t top = __reduce_max_sync(kAllLanes, best);
-    const unsigned index = __reduce_min_sync(kAllLanes, best == top ? static_cast<unsigned>(best_j * 32 + lane) : ~0u);
+  __device__ int take() {
+    const uint32_t top = __reduce_max_sync(kAllLanes, key[0]);
+    const unsigned holders = __ballot_sync(kAllLanes, key[0] == top);
+    const int best = holders & (holders - 1) ? __reduce_min_sync(kAllLanes, key[0] == top ? index[0] : INT_MAX)
+                                             : __shfl_sync(kAllLanes, index[0], __ffs(holders) - 1);
+    const bool mine = key[0] == top && index[0] == best;
 #pragma unroll
-    for (int j = 0; j < kPerLane; j++) key[j] = static_cast<unsigned>(j * 32 + lane) == index ? 0u : key[j];
-    rescan();
-    return static_cast<int>(index);
+    for (int j = 0; j + 1 < kPerLane; j++) {
+      key[j] = mine ? key[j + 1] : key[j];
+      index[j] = mine ? index[j + 1] : index[j];
+    }
+    key[kPerLane - 1] = mine ? 0u : key[kPerLane - 1];
+    return best;
   }
 };
 

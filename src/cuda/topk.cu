@@ -49,10 +49,10 @@ __global__ void __launch_bounds__(32 * kWarps) topk_warp_kernel(const __grid_con
       x[j] = e < p.E ? static_cast<float>(row[e]) : -INFINITY;
       select.key[j] = e < p.E ? order_key(x[j]) : 0;
     }
-    select.rescan();
+    select.sort(lane);
     int id = 0;  // of the selected expert `lane`
     for (int k = 0; k < p.K; k++) {
-      const int e = select.take(lane);
+      const int e = select.take();
       if (lane == k) id = e;
     }
     const bool selected = lane < p.K;

@@ -9,6 +9,7 @@
 #include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/tile_walk.cuh"
 #include "cuda/hopper/ptx/ptx.cuh"
+#include "cuda/hopper/select.h"
 #include "cuda/hopper/tile/fragment.cuh"
 #include "cuda/hopper/tile/tensor_map.h"
 #include "cuda/kernels.h"
@@ -16,12 +17,19 @@
 namespace machmoe::cuda::hopper {
 namespace {
 
-constexpr int kM = 64, kN = 256, kStages = 5;
+constexpr int kM = 64, kN = 256;
 constexpr int kABytes = kM * 128, kPanelBytes = 64 * 128, kBBytes = kN / 64 * kPanelBytes;
-constexpr int kChunk = 32, kBuffers = 2, kPlaneBytes = 16 * kChunk * 2, kBufferBytes = 3 * kPlaneBytes;  // a buffer holds gate, up and A' of 16 rows
-constexpr int kStaging = 4 * kBuffers * kBufferBytes;
-constexpr int kSmem = kStages * (kABytes + kBBytes) + kStaging + 2 * kStages * 8 + 4 * kBuffers * 8;
-static_assert(kSmem <= 232448);
+constexpr int kChunk = 32, kPlaneBytes = 16 * kChunk * 2, kBufferBytes = 3 * kPlaneBytes;  // a buffer holds gate, up and A' of 16 rows
+
+// Shared memory goes to stages of the mainloop or to buffers of the epilogue: a short mainloop (small d) leaves the time to the epilogue.
+template <int kStages_, int kBuffers_>
+struct Split {
+  static constexpr int kStages = kStages_, kBuffers = kBuffers_, kStaging = 4 * kBuffers * kBufferBytes;
+  static constexpr int kSmem = kStages * (kABytes + kBBytes) + kStaging + 2 * kStages * 8 + 4 * kBuffers * 8;
+  static_assert(kSmem <= 232448);
+};
+using LongMainloop = Split<5, 2>;
+using ShortMainloop = Split<4, 5>;
 
 struct DownProjBwdParams {
   CUtensorMap w2;       // [E][d][n], box {64, 64, 1}
@@ -38,9 +46,9 @@ struct DownProjBwdParams {
 };
 
 // kClamped: SwiGLU and swiglu_oai with a limit. The common case carries no code for it.
-template <ActivationKind K, bool kClamped>
+template <ActivationKind K, bool kClamped, class Split>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bwd_kernel(const __grid_constant__ DownProjBwdParams p) {
-  constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
+  constexpr int kPlanes = Activation{K}.gated() ? 2 : 1, kStages = Split::kStages, kBuffers = Split::kBuffers, kStaging = Split::kStaging;
   constexpr int kTogether = K == ActivationKind::SwiGLU && !kClamped ? 2 : 1;  // 16-column halves of a chunk in registers at a time
   extern __shared__ __align__(1024) uint8_t raw[];
   const uint32_t s_a = smem_u32(raw), s_b = s_a + kStages * kABytes, s_staging = s_b + kStages * kBBytes, bars = s_staging + kStaging;
@@ -59,6 +67,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
     mbar_init_fence();
   }
   cluster_sync();
+  begin_after_previous();
   const int entries = __ldg(p.step.entries);
   TileWalk at(p.step, blockIdx.x / 2);
 
@@ -349,11 +358,17 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   p.limit = s.act.limit;
   dispatch_activation(s.act.kind, [&](auto tag) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
-    auto launch = [&](auto clamped) { launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value>, 2 * clusters, kSmem, stream, p); };
+    auto launch = [&](auto clamped, auto split) {
+      using Chosen = decltype(split);
+      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, p);
+    };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
-      if (s.act.limit > 0) return launch(std::true_type());
+      if (s.act.limit > 0) return launch(std::true_type(), LongMainloop());
     }
-    launch(std::false_type());
+    if constexpr (kKind == ActivationKind::SwiGLU) {
+      if (short_mainloop(s)) return launch(std::false_type(), ShortMainloop());
+    }
+    launch(std::false_type(), LongMainloop());
   });
   if (a.b2.base) {
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E, kTileRows)));

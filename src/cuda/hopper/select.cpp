@@ -8,4 +8,6 @@ UpProjKernel up_proj_kernel(const Shape& s, bool bias) {
   return s.n % 96 == 0 ? UpProjKernel::PingPong192 : UpProjKernel::Cooperative256;
 }
 
+bool short_mainloop(const Shape& s) { return s.d < 2048; }
+
 }  // namespace machmoe::cuda::hopper

@@ -10,5 +10,6 @@ enum class UpProjKernel {
   General256,      // as Cooperative256, for every activation, with limits and biases
 };
 UpProjKernel up_proj_kernel(const Shape&, bool bias);
+bool short_mainloop(const Shape&);  // of the dH kernel: more epilogue buffers, one stage less (plain SwiGLU)
 
 }  // namespace machmoe::cuda::hopper

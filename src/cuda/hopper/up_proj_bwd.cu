@@ -46,6 +46,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
     mbar_init_fence();
   }
   cluster_sync();
+  begin_after_previous();
   const int tiles = __ldg(p.step.entries);
   TileWalk at(p.step, blockIdx.x / 2);
 

@@ -9,8 +9,7 @@ constexpr int kGemmThreads = 384;
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, const Params& p) {
   MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-  kernel<<<grid, kGemmThreads, smem_bytes, stream_of(stream)>>>(p);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_overlapped(kernel, dim3(static_cast<unsigned>(grid)), kGemmThreads, static_cast<size_t>(smem_bytes), stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper

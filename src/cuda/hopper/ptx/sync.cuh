@@ -1,4 +1,4 @@
-// Named barriers, register hand-over, proxy fences, clusters and dependent launches.
+// Named barriers, register hand-over, proxy fences and clusters.
 #pragma once
 #include "device.cuh"
 
@@ -23,8 +23,5 @@ DEV uint32_t cluster_ctarank() {
   return r;
 }
 DEV void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Programmatic dependent launch: waits for the kernels before this one; lets the kernel after this one start its prologue.
-DEV void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEV void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace machmoe::cuda::hopper
