@@ -121,9 +121,9 @@ void aggregate(const AggregateArgs& a, Stream stream) {
                           a.score_grad.dscore_dtype};
   const auto blocks = static_cast<unsigned>(s.T);
   const auto threads = static_cast<unsigned>(std::min<int64_t>(256, (s.d / 8 + 31) / 32 * 32));
-  if (a.weighted && a.b2.base) launch_overlapped(aggregate_kernel<true, true>, blocks, threads, 0, stream, p);
-  else if (a.weighted) launch_overlapped(aggregate_kernel<true, false>, blocks, threads, 0, stream, p);
-  else launch_overlapped(aggregate_kernel<false, false>, blocks, threads, 0, stream, p);
+  if (a.weighted && a.b2.base) launch(aggregate_kernel<true, true>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
+  else if (a.weighted) launch(aggregate_kernel<true, false>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
+  else launch(aggregate_kernel<false, false>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
 }
 
 }  // namespace machmoe::cuda

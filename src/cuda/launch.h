@@ -18,14 +18,16 @@ namespace machmoe::cuda {
 
 inline cudaStream_t stream_of(Stream s) { return static_cast<cudaStream_t>(s.handle); }
 
-// Launches a kernel that may start while the one before it drains (programmatic dependent launch). The kernel calls begin_after_previous() before
-// it touches global memory.
+// WhilePreviousDrains: CTAs are scheduled as those of the kernel before it leave (programmatic dependent launch); for kernels that follow another one
+// of the same call. The kernel calls begin_after_previous() before it touches global memory.
+enum class Start { AfterPrevious, WhilePreviousDrains };
+
 template <class... Params>
-void launch_overlapped(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t smem_bytes, Stream stream,
-                       std::type_identity_t<Params>... params) {
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t smem_bytes, Stream stream, Start start,
+            std::type_identity_t<Params>... params) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  overlap.val.programmaticStreamSerializationAllowed = start == Start::WhilePreviousDrains;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

@@ -392,12 +392,12 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
     using Id = decltype(id);
     const auto* ids = static_cast<const Id*>(a.ids);
     allow_smem(topk_histogram_kernel<Id>, smem);
-    launch_overlapped(topk_histogram_kernel<Id>, blocks, kIndexThreads, smem, stream, p, ids);
+    launch(topk_histogram_kernel<Id>, blocks, kIndexThreads, smem, stream, Start::AfterPrevious, p, ids);
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       using Weight = decltype(weight);
       allow_smem(topk_scatter_kernel<Id, Weight>, smem);
-      launch_overlapped(topk_scatter_kernel<Id, Weight>, blocks, kIndexThreads, smem, stream, p, ids, static_cast<const Weight*>(a.weights),
-                        static_cast<unsigned>(s.K));
+      launch(topk_scatter_kernel<Id, Weight>, blocks, kIndexThreads, smem, stream, Start::WhilePreviousDrains, p, ids,
+             static_cast<const Weight*>(a.weights), static_cast<unsigned>(s.K));
     });
   });
   MACHMOE_CUDA_CALL(cudaGetLastError());

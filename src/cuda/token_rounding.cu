@@ -356,7 +356,7 @@ void launch_mark(const Params& p, Stream stream) {
   const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
   const auto run = [&](auto* kernel) {
     if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-    launch_overlapped(kernel, blocks, static_cast<unsigned>(32 * warps), smem, stream, p);
+    launch(kernel, blocks, static_cast<unsigned>(32 * warps), smem, stream, Start::AfterPrevious, p);
   };
   if (!in_registers) run(mark_kernel<0>);
   else if (p.E <= 32) run(mark_kernel<1>);
@@ -402,19 +402,19 @@ void token_round(const TokenRoundArgs& a, Stream on) {
   const auto experts = static_cast<unsigned>(s.E);
   MACHMOE_CUDA_CALL(cudaMemsetAsync(b.zeroed, 0, b.zeroed_ints * sizeof(int), stream));
   if (s.T > 0) launch_mark(p, on);
-  if (p.rounding && a.rule == RoundingRule::BalanceF) launch_overlapped(balance_kernel, 1, 256, 0, on, p);
-  if (s.T <= 8 * kIndexThreads) launch_overlapped(select_kernel<8>, experts, kIndexThreads, 0, on, p);
-  else if (s.T <= 16 * kIndexThreads) launch_overlapped(select_kernel<16>, experts, kIndexThreads, 0, on, p);
-  else if (s.T <= 24 * kIndexThreads) launch_overlapped(select_kernel<24>, experts, kIndexThreads, 0, on, p);
-  else if (s.T <= 32 * kIndexThreads) launch_overlapped(select_kernel<32>, experts, kIndexThreads, 0, on, p);
-  else launch_overlapped(select_kernel<0>, experts, kIndexThreads, 0, on, p);
+  if (p.rounding && a.rule == RoundingRule::BalanceF) launch(balance_kernel, 1, 256, 0, on, Start::WhilePreviousDrains, p);
+  if (s.T <= 8 * kIndexThreads) launch(select_kernel<8>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
+  else if (s.T <= 16 * kIndexThreads) launch(select_kernel<16>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
+  else if (s.T <= 24 * kIndexThreads) launch(select_kernel<24>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
+  else if (s.T <= 32 * kIndexThreads) launch(select_kernel<32>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
+  else launch(select_kernel<0>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-  launch_overlapped(rows_kernel, experts, kIndexThreads, smem, on, p);
+  launch(rows_kernel, experts, kIndexThreads, smem, on, Start::WhilePreviousDrains, p);
   const int64_t share = std::max<int64_t>(kIndexThreads, (s.T + num_sms() - 1) / num_sms());
-  launch_overlapped(token_offsets_kernel, static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, on, p.token_count,
-                    a.out.token_offsets, s.T, share);
-  if (s.R_cap > 0) launch_overlapped(slots_kernel, static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, on, p);
+  launch(token_offsets_kernel, static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, on,
+         Start::WhilePreviousDrains, p.token_count, a.out.token_offsets, s.T, share);
+  if (s.R_cap > 0) launch(slots_kernel, static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, on, Start::WhilePreviousDrains, p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 

@@ -130,7 +130,7 @@ __device__ int block_min(int v) {
 template <class Logit>
 __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_constant__ TopkParams<Logit> p) {
   __shared__ uint64_t chosen[kMaxK];  // key, then the lower id
-  __shared__ float value[kMaxK];      // logits in order of rank
+  __shared__ int ranked[kMaxK];
   __shared__ int filled;
   int count[kOwned] = {};
   float probs[kOwned] = {};
@@ -174,15 +174,15 @@ __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_const
     }
     __syncthreads();
     const bool selected = static_cast<int>(threadIdx.x) < p.K;
-    int rank = 0, id = 0;
-    if (selected) {
+    if (selected) {  // the order of `chosen` is any: from here on thread k has the selected expert of rank k
       const uint64_t own = chosen[threadIdx.x];
+      int rank = 0;
       for (int k = 0; k < p.K; k++) rank += chosen[k] > own;
-      id = static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(own));
-      value[rank] = static_cast<float>(row[id]);
+      ranked[rank] = static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(own));
     }
     __syncthreads();
-    const float top = value[0], weight = selected ? expf(static_cast<float>(row[id]) - top) : 0.f;
+    const int id = selected ? ranked[threadIdx.x] : 0;
+    const float top = static_cast<float>(row[ranked[0]]), weight = selected ? expf(static_cast<float>(row[id]) - top) : 0.f;
     float sum = 0.f;
     if (p.over_all || p.block_probs) {
       float part = 0.f;
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_const
     }
     if (!p.over_all) sum = block_sum(weight);
     if (selected) {
-      p.ids[t * p.K + rank] = id;
-      p.weights[t * p.K + rank] = weight / sum;
+      p.ids[t * p.K + threadIdx.x] = id;
+      p.weights[t * p.K + threadIdx.x] = weight / sum;
     }
   }
 #pragma unroll

@@ -288,8 +288,8 @@ bool check_router(bool small) {
           MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
           verdict(d_ids.download<int32_t>() == ids, name + ": ids");
           verdict(d_counts.download<int32_t>() == counts, name + ": counts");
-          verdict(error(d_weights.download<float>(), weights) <= 1e-6, name + ": weights");
-          verdict(error(d_aux.download<float>(), aux) <= 1e-5, name + fmt::format(": aux {} {}", d_aux.download<float>()[0], aux[0]));
+          verdict(error(d_weights.download<float>(), weights) <= 1e-5, name + ": weights");
+          verdict(error(d_aux.download<float>(), aux) <= 1e-4, name + fmt::format(": aux {} {}", d_aux.download<float>()[0], aux[0]));
           verdict(d_ids.guards_hold() && d_weights.guards_hold() && d_counts.guards_hold() && d_aux.guards_hold() && scratch.guards_hold(),
                   name + ": guards");
           std::vector<float> bits = d_weights.download<float>();

@@ -360,7 +360,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
     auto launch = [&](auto clamped, auto split) {
       using Chosen = decltype(split);
-      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, p);
+      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, Start::AfterPrevious, p);
     };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
       if (s.act.limit > 0) return launch(std::true_type(), LongMainloop());

@@ -199,7 +199,7 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
     p.rows = &work.header->rows;
     p.R_cap = static_cast<int>(R);
   }
-  launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, p);
+  launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, Start::WhilePreviousDrains, p);
 }
 
 }  // namespace machmoe::cuda::hopper

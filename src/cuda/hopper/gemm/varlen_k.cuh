@@ -167,6 +167,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
+      uint32_t offset[2];  // bytes in a row; columns past the matrix read column 0, the store clips them
+#pragma unroll
+      for (int j = 0; j < 2; j++) offset[j] = (col0 + j * 64 < p.d ? col0 + j * 64 : 0) * 2;
       const int panel0 = at.column * 4, valid = min(4, p.panels - panel0);
       if (blocks == 0) fetch(next_rows, 0);
       for (int k = 0; k < blocks; k++) {
@@ -198,8 +201,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
-          for (int j = 0; j < 2; j++)  // columns past the matrix are left alone, the store clips them
-            if (col0 + j * 64 < p.d) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + (col0 + j * 64) * 2);
+          for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
         cp_async_mbar_arrive_noinc(full(s));
         if (++s == C::kStages) {
           s = 0;
@@ -258,43 +260,35 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks();
-      const int columns = min(4, p.panels - at.column * 4) * 64;
       int previous = -1;
-      auto mainloop = [&](auto width) {
-        constexpr int N = decltype(width)::value;
-        for (int k = 0; k < blocks; k++) {
-          mbar_wait(full(s), phase);
-          fence_proxy_async();
-          wgmma_fence();
-          const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
-          const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
+      for (int k = 0; k < blocks; k++) {
+        mbar_wait(full(s), phase);
+        fence_proxy_async();
+        wgmma_fence();
+        const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
+        const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
 #pragma unroll
-          for (int kk = 0; kk < 4; kk++) Wgmma<N, 1, 1>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[0]), a + 128 * kk, b + 128 * kk, (k | kk) != 0);
-          wgmma_commit();
-          if constexpr (kHeld) {
-            if constexpr (N == 256) {  // a narrow tile has no room for it
-              if (k == 0) store(held, 0, packed);
-              if (k == 1) store(held, 2, packed + kHalf);
-            }
-          }
-          wgmma_wait<1>();
-          if (previous >= 0) release(previous);
-          previous = s;
-          if (++s == C::kStages) {
-            s = 0;
-            phase ^= 1;
-          }
+        for (int kk = 0; kk < 4; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
+        wgmma_commit();
+        if constexpr (kHeld) {
+          if (k == 0) store(held, 0, packed);
+          if (k == 1) store(held, 2, packed + kHalf);
         }
-      };
-      if (columns <= 128) mainloop(std::integral_constant<int, 128>());  // a narrower last tile costs half
-      else mainloop(std::integral_constant<int, 256>());
+        wgmma_wait<1>();
+        if (previous >= 0) release(previous);
+        previous = s;
+        if (++s == C::kStages) {
+          s = 0;
+          phase ^= 1;
+        }
+      }
       wgmma_wait<0>();
       if (previous >= 0) release(previous);
       const bool written = blocks > 0 || !p.accumulate;
-      const OutputBlock block{at.expert, at.group, at.column * 4, written ? columns : 0};
+      const OutputBlock block{at.expert, at.group, at.column * 4, written ? min(4, p.panels - at.column * 4) * 64 : 0};
       if constexpr (kHeld) {
-        if (blocks < 1 || columns <= 128) store(held, 0, packed);
-        if (blocks < 2 || columns <= 128) store(held, 2, packed + kHalf);
+        if (blocks < 1) store(held, 0, packed);
+        if (blocks < 2) store(held, 2, packed + kHalf);
 #pragma unroll
         for (int i = 0; i < 64; i++) packed[i] = blocks > 0 ? pack(acc[2 * i], acc[2 * i + 1]) : 0u;
         held = block;
@@ -357,7 +351,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.step_column = clusters % p.columns;
   p.step_group = clusters / p.columns % p.groups;
   p.step_expert = clusters / (p.columns * p.groups);
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, p);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, Start::WhilePreviousDrains, p);
 }
 
 }  // namespace machmoe::cuda::hopper
