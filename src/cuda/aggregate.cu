@@ -55,7 +55,6 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
 template <bool kWeighted, bool kBias>
 __global__ void __launch_bounds__(256) aggregate_kernel(const __grid_constant__ AggregateParams p) {
   constexpr int kUnroll = 4;  // rows in flight per thread
-  begin_after_previous();
   const int64_t t = blockIdx.x;
   const int begin = p.topk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = p.topk ? begin + p.K : p.routing.token_offsets[t + 1];
   const auto* score = static_cast<const float*>(p.routing.score);
@@ -121,9 +120,10 @@ void aggregate(const AggregateArgs& a, Stream stream) {
                           a.score_grad.dscore_dtype};
   const auto blocks = static_cast<unsigned>(s.T);
   const auto threads = static_cast<unsigned>(std::min<int64_t>(256, (s.d / 8 + 31) / 32 * 32));
-  if (a.weighted && a.b2.base) launch(aggregate_kernel<true, true>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
-  else if (a.weighted) launch(aggregate_kernel<true, false>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
-  else launch(aggregate_kernel<false, false>, blocks, threads, 0, stream, Start::WhilePreviousDrains, p);
+  if (a.weighted && a.b2.base) aggregate_kernel<true, true><<<blocks, threads, 0, stream_of(stream)>>>(p);
+  else if (a.weighted) aggregate_kernel<true, false><<<blocks, threads, 0, stream_of(stream)>>>(p);
+  else aggregate_kernel<false, false><<<blocks, threads, 0, stream_of(stream)>>>(p);
+  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace machmoe::cuda

@@ -18,14 +18,14 @@ namespace {
 constexpr int kWarps = kIndexThreads / 32;
 constexpr int kMaxPerLane = 4;
 
-// The slots in blocks, in order of warps. Few slots a block scatter fast, many keep the histograms short that every block sums.
+// The slots in blocks, in order of warps. A block scatters few slots fast; but all blocks should run at once, and each sums the histograms of all.
 struct Blocks {
   int per_lane, count;
   Blocks(int64_t slots, int64_t E) {
-    constexpr int64_t kHistograms = 1 << 15;
+    constexpr int64_t kAtOnce = 128, kHistograms = 1 << 15;
     for (per_lane = 1;; per_lane *= 2) {
       count = static_cast<int>(std::max<int64_t>(1, (slots + kIndexThreads * per_lane - 1) / (kIndexThreads * per_lane)));
-      if (per_lane == kMaxPerLane || count * E <= kHistograms) return;
+      if (per_lane == kMaxPerLane || (count <= kAtOnce && count * E <= kHistograms)) return;
     }
   }
 };
@@ -183,13 +183,11 @@ __device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids,
 template <class Id>
 __global__ void __launch_bounds__(kIndexThreads, 1) topk_histogram_kernel(SortParams p, const Id* ids) {
   const SortMemory m(p.E, shared_memory);
-  begin_after_previous();
   histogram_phase(p, m, ids, blockIdx.x);
 }
 template <class Id, class Weight>
 __global__ void __launch_bounds__(kIndexThreads, 1) topk_scatter_kernel(SortParams p, const Id* ids, const Weight* weights, unsigned K) {
   SortMemory m(p.E, shared_memory);
-  begin_after_previous();
   scatter_phase(p, m, ids, blockIdx.x, [&](int64_t slot, int row) {
     p.out.token[row] = static_cast<int>(static_cast<unsigned>(slot) / K);
     static_cast<float*>(p.out.score)[row] = static_cast<float>(weights[slot]);
@@ -392,12 +390,12 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
     using Id = decltype(id);
     const auto* ids = static_cast<const Id*>(a.ids);
     allow_smem(topk_histogram_kernel<Id>, smem);
-    launch(topk_histogram_kernel<Id>, blocks, kIndexThreads, smem, stream, Start::AfterPrevious, p, ids);
+    topk_histogram_kernel<Id><<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids);
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       using Weight = decltype(weight);
       allow_smem(topk_scatter_kernel<Id, Weight>, smem);
-      launch(topk_scatter_kernel<Id, Weight>, blocks, kIndexThreads, smem, stream, Start::WhilePreviousDrains, p, ids,
-             static_cast<const Weight*>(a.weights), static_cast<unsigned>(s.K));
+      topk_scatter_kernel<Id, Weight>
+          <<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids, static_cast<const Weight*>(a.weights), static_cast<unsigned>(s.K));
     });
   });
   MACHMOE_CUDA_CALL(cudaGetLastError());

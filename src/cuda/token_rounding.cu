@@ -66,7 +66,6 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
-  begin_after_previous();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
   const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
   uint32_t* row = tile_keys + warp * pitch;
@@ -112,7 +111,6 @@ __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(cons
 
 // ---- select --------------------------------------------------------------------------------------------------------------------
 __global__ void balance_kernel(const __grid_constant__ Params p) {
-  begin_after_previous();
   __shared__ int count[kMaxExperts];
   for (int e = threadIdx.x; e < p.E; e += blockDim.x) count[e] = p.topk_count[e];
   __syncthreads();
@@ -212,7 +210,6 @@ __device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, flo
 
 template <int kKeys>
 __global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
-  begin_after_previous();
   const int e = blockIdx.x, f = p.topk_count[e], over = f % p.tile, down = f - over;
   ExpertKeys<kKeys> keys(p.keys + int64_t{e} * p.T, p.T);
   int target = f;
@@ -242,7 +239,6 @@ __global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_c
 extern __shared__ int scan_memory[];
 
 __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
-  begin_after_previous();
   constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads, kWarps = kIndexThreads / 32;
   __shared__ typename IndexScan::TempStorage storage;
   __shared__ int group_sum[kPerThread * kWarps];  // low half: keys above the threshold, high half: equal ones
@@ -296,7 +292,6 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
 // ---- slots ---------------------------------------------------------------------------------------------------------------------
 // Every block sums the counts before its share of the tokens, then scans its share.
 __global__ void __launch_bounds__(kIndexThreads, 1) token_offsets_kernel(const int* count, int* offsets, int64_t T, int64_t share) {
-  begin_after_previous();
   __shared__ typename IndexScan::TempStorage storage;
   const int64_t begin = min(blockIdx.x * share, T), end = min(begin + share, T);
   int start = 0, before;
@@ -314,7 +309,6 @@ __global__ void __launch_bounds__(kIndexThreads, 1) token_offsets_kernel(const i
 }
 
 __global__ void __launch_bounds__(256) slots_kernel(const __grid_constant__ Params p) {
-  begin_after_previous();
   const int64_t row = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (row >= p.R_cap) return;
   if (row >= p.out.offsets[p.E]) {
@@ -349,14 +343,14 @@ Scratch book(const Shape& s, Workspace& ws) {
   return b;
 }
 
-void launch_mark(const Params& p, Stream stream) {
+void launch_mark(const Params& p, cudaStream_t stream) {
   const bool in_registers = p.E <= 512 && p.K <= 16;
   const int warps = p.E > 1024 ? 8 : in_registers && p.E > 256 ? 16 : 32;  // tokens of a block: what shared memory and registers hold
   const size_t smem = sizeof(uint32_t) * static_cast<size_t>(warps * (p.E | 1));
   const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
   const auto run = [&](auto* kernel) {
     if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-    launch(kernel, blocks, static_cast<unsigned>(32 * warps), smem, stream, Start::AfterPrevious, p);
+    kernel<<<blocks, static_cast<unsigned>(32 * warps), smem, stream>>>(p);
   };
   if (!in_registers) run(mark_kernel<0>);
   else if (p.E <= 32) run(mark_kernel<1>);
@@ -401,20 +395,20 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  b.threshold};
   const auto experts = static_cast<unsigned>(s.E);
   MACHMOE_CUDA_CALL(cudaMemsetAsync(b.zeroed, 0, b.zeroed_ints * sizeof(int), stream));
-  if (s.T > 0) launch_mark(p, on);
-  if (p.rounding && a.rule == RoundingRule::BalanceF) launch(balance_kernel, 1, 256, 0, on, Start::WhilePreviousDrains, p);
-  if (s.T <= 8 * kIndexThreads) launch(select_kernel<8>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
-  else if (s.T <= 16 * kIndexThreads) launch(select_kernel<16>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
-  else if (s.T <= 24 * kIndexThreads) launch(select_kernel<24>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
-  else if (s.T <= 32 * kIndexThreads) launch(select_kernel<32>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
-  else launch(select_kernel<0>, experts, kIndexThreads, 0, on, Start::WhilePreviousDrains, p);
+  if (s.T > 0) launch_mark(p, stream);
+  if (p.rounding && a.rule == RoundingRule::BalanceF) balance_kernel<<<1, 256, 0, stream>>>(p);
+  if (s.T <= 8 * kIndexThreads) select_kernel<8><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 16 * kIndexThreads) select_kernel<16><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 24 * kIndexThreads) select_kernel<24><<<experts, kIndexThreads, 0, stream>>>(p);
+  else if (s.T <= 32 * kIndexThreads) select_kernel<32><<<experts, kIndexThreads, 0, stream>>>(p);
+  else select_kernel<0><<<experts, kIndexThreads, 0, stream>>>(p);
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-  launch(rows_kernel, experts, kIndexThreads, smem, on, Start::WhilePreviousDrains, p);
+  rows_kernel<<<experts, kIndexThreads, smem, stream>>>(p);
   const int64_t share = std::max<int64_t>(kIndexThreads, (s.T + num_sms() - 1) / num_sms());
-  launch(token_offsets_kernel, static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, on,
-         Start::WhilePreviousDrains, p.token_count, a.out.token_offsets, s.T, share);
-  if (s.R_cap > 0) launch(slots_kernel, static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, on, Start::WhilePreviousDrains, p);
+  token_offsets_kernel<<<static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, stream>>>(
+      p.token_count, a.out.token_offsets, s.T, share);
+  if (s.R_cap > 0) slots_kernel<<<static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream>>>(p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 

@@ -28,8 +28,7 @@ void launch(const DownProjArgs& a, Stream stream) {
     p.epilogue.b2 = a.b2;
     p.unused = {static_cast<uint4*>(a.y), &work.header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
   }
-  launch_kernel(grouped_gemm<Schedule, TmaRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, Start::WhilePreviousDrains,
-                p);
+  launch_kernel(grouped_gemm<Schedule, TmaRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
 }
 
 }  // namespace

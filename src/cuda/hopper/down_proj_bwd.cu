@@ -67,7 +67,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bw
     mbar_init_fence();
   }
   cluster_sync();
-  begin_after_previous();
   const int entries = __ldg(p.step.entries);
   TileWalk at(p.step, blockIdx.x / 2);
 
@@ -360,7 +359,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
     auto launch = [&](auto clamped, auto split) {
       using Chosen = decltype(split);
-      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, Start::AfterPrevious, p);
+      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, p);
     };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
       if (s.act.limit > 0) return launch(std::true_type(), LongMainloop());

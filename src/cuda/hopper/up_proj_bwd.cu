@@ -46,7 +46,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) up_proj_bwd_
     mbar_init_fence();
   }
   cluster_sync();
-  begin_after_previous();
   const int tiles = __ldg(p.step.entries);
   TileWalk at(p.step, blockIdx.x / 2);
 
@@ -199,7 +198,7 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
     p.rows = &work.header->rows;
     p.R_cap = static_cast<int>(R);
   }
-  launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, Start::WhilePreviousDrains, p);
+  launch_kernel(up_proj_bwd_kernel, 2 * clusters, kSmem, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper

@@ -50,7 +50,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 
   if (threadIdx.x == 0) ring.init(Loader::kArrivals, Schedule::kConsumerWarps);
   cluster_sync();
-  begin_after_previous();
   const int tiles = __ldg(p.step.entries);
   TileWalk first(p.step, blockIdx.x / 2);
 

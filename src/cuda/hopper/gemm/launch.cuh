@@ -7,9 +7,10 @@ namespace machmoe::cuda::hopper {
 constexpr int kGemmThreads = 384;
 
 template <class Params>
-void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, Start start, const Params& p) {
+void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, const Params& p) {
   MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-  launch(kernel, dim3(static_cast<unsigned>(grid)), kGemmThreads, static_cast<size_t>(smem_bytes), stream, start, p);
+  kernel<<<grid, kGemmThreads, smem_bytes, stream_of(stream)>>>(p);
+  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace machmoe::cuda::hopper

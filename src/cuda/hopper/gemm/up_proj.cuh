@@ -34,7 +34,7 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   e.n = static_cast<int>(n);
   e.alpha = s.act.alpha;
   e.limit = s.act.limit;
-  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, Start::AfterPrevious, p);
+  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
 }
 
 template <ActivationKind K>

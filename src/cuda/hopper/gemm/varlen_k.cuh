@@ -138,7 +138,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
     mbar_init_fence();
   }
   cluster_sync();
-  begin_after_previous();
   VarlenKWalk at(p, blockIdx.x / 2);
 
   if (wg == 0) {
@@ -351,7 +350,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.step_column = clusters % p.columns;
   p.step_group = clusters / p.columns % p.groups;
   p.step_expert = clusters / (p.columns * p.groups);
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, Start::WhilePreviousDrains, p);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper
