@@ -1,0 +1,21 @@
+# cmake -DBUILD=<build folder> -DFLAGS=<compiler flags> -P run.cmake: installs BUILD, builds and runs the consumer against it in both ways.
+set(root ${BUILD}/consumer)
+set(prefix ${root}/prefix)
+file(REMOVE_RECURSE ${root})
+function(run)
+  execute_process(COMMAND ${ARGN} COMMAND_ERROR_IS_FATAL ANY OUTPUT_QUIET)
+endfunction()
+run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${prefix})
+run(${CMAKE_COMMAND} -G Ninja -S ${CMAKE_CURRENT_LIST_DIR} -B ${root}/build -DCMAKE_PREFIX_PATH=${prefix} -DCMAKE_C_FLAGS=${FLAGS} -DCMAKE_CXX_FLAGS=${FLAGS})
+run(${CMAKE_COMMAND} --build ${root}/build)
+run(${root}/build/consumer_c)
+run(${root}/build/consumer_cpp)
+
+file(GLOB_RECURSE pc ${prefix}/*/machmoe.pc)
+cmake_path(GET pc PARENT_PATH pc_folder)
+execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${pc_folder} pkg-config --cflags --libs machmoe OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE
+                COMMAND_ERROR_IS_FATAL ANY)
+separate_arguments(flags UNIX_COMMAND "${flags} ${FLAGS}")
+cmake_path(GET pc_folder PARENT_PATH libraries)
+run(cc ${CMAKE_CURRENT_LIST_DIR}/consumer.c -o ${root}/consumer_pc ${flags} -Wl,-rpath,${libraries})
+run(${root}/consumer_pc)
