@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+import machmoe
 import matplotlib
 import torch
-
-import machmoe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -3,10 +3,14 @@
 from ._library import ops as _ops
 from .functional import experts, experts_general, grouped_mlp, layer, route
 from .module import MoE
+from .routers import update_router_bias
 from .routing import Routing, token_round
 
 __version__ = "0.1.0"
-__all__ = ["MoE", "Routing", "build_info", "device_reason", "experts", "experts_general", "grouped_mlp", "layer", "route", "token_round"]
+__all__ = [
+    "MoE", "Routing", "build_info", "device_reason", "experts", "experts_general", "grouped_mlp", "layer", "route", "token_round",
+    "update_router_bias",
+]  # fmt: skip
 
 
 def build_info():

@@ -5,6 +5,7 @@ import torch
 from ._library import LISTS, ROWS, TOPK, accum_of, ops
 from .arguments import ROUTERS, check_choice, check_device, check_index, check_score, layer_arguments
 from .autograd import Experts, Layer, Route, saves_h
+from .routers import EXTRA_ROUTERS, router_z_loss, scored_route
 
 
 def experts(
@@ -92,36 +93,60 @@ def grouped_mlp(
     return Experts.apply(*args[:-1], row_scores, metadata, counts, (ROWS, 0, *args[-1], saves_h(recompute)))
 
 
-def route(logits, k, *, router="softmax_topk"):
+def route(logits, k, *, router="softmax_topk", router_bias=None, groups=1, topk_groups=1, scale=1.0, z_loss=0.0):
     """Top-K router: (ids int32 [T, K], weights fp32 [T, K], counts int32 [E], aux fp32 scalar).
 
-    logits  [T, E] fp32, bf16, fp16 or fp64; ties go to the lower expert id
-    router  "topk_softmax": softmax over the selected logits; "softmax_topk": softmax over all, then top-K; "softmax_topk_norm": renormalised
+    logits      [T, E] fp32, bf16, fp16 or fp64; ties go to the lower expert id
+    router      "topk_softmax": softmax over the selected logits (gpt-oss); "softmax_topk": softmax over all, then top-K; "softmax_topk_norm":
+                renormalised (Qwen3-MoE); "sigmoid_topk", "sigmoid_topk_norm": scores sigmoid(logits) (DeepSeek-V3)
+    router_bias [E], added to the scores for the choice alone (to the logits with "topk_softmax"); see update_router_bias
+    groups, topk_groups  the experts stand in `groups` groups of equal size, a token chooses within its topk_groups best ones
+    scale       factor of the weights
+    z_loss      weight of mean_t logsumexp(logits_t)^2 in aux
 
-    aux = E sum_e (counts_e / (T k)) mean_t softmax(logits)_te is the load-balance loss. Differentiable: weights and aux, in logits.
+    aux = E sum_e (counts_e / (T k)) mean_t p_te + z_loss ..., p = softmax(logits), with a sigmoid the scores over their sum: the load-balance loss.
+    Differentiable: weights and aux, in logits. The first three routers without bias and groups are one kernel.
     """
-    check_choice(router, "router", ROUTERS)
+    check_choice(router, "router", ROUTERS | dict.fromkeys(EXTRA_ROUTERS))
     if logits.dim() != 2 or not 1 <= k <= logits.shape[1]:
         raise ValueError(f"logits is {tuple(logits.shape)} with k = {k}, expected [T, E] and 1 <= k <= E")
     check_score(logits, "logits")
-    return Route.apply(logits.contiguous(), k, ROUTERS[router])
+    if router_bias is not None and (router_bias.shape != logits.shape[1:] or router_bias.device != logits.device):
+        raise ValueError(
+            f"router_bias is {tuple(router_bias.shape)} on {router_bias.device}, expected [E] = [{logits.shape[1]}] on {logits.device} as logits"
+        )
+    if router in ROUTERS and router_bias is None and groups == 1:
+        ids, weights, counts, aux = Route.apply(logits.contiguous(), k, ROUTERS[router])
+    else:
+        ids, weights, counts, aux = scored_route(logits, k, router, router_bias, groups, topk_groups)
+    if scale != 1.0:
+        weights = weights * scale
+    if z_loss:
+        aux = aux + z_loss * router_z_loss(logits)
+    return ids, weights, counts, aux
 
 
 def layer(
-    x, router_w, w1, w2, k, *, router="softmax_topk", activation="swiglu", w1_layout="concatenated", b1=None, b2=None, addend=None,
-    recompute=False, alpha=1.702, limit=None,
+    x, router_w, w1, w2, k, *, router="softmax_topk", router_bias=None, groups=1, topk_groups=1, scale=1.0, z_loss=0.0, activation="swiglu",
+    w1_layout="concatenated", b1=None, b2=None, addend=None, recompute=False, alpha=1.702, limit=None,
 ):  # fmt: skip
-    """Router and experts in one autograd.Function: (O [T, d], aux scalar).
+    """Router and experts: (O [T, d], aux scalar).
 
     router_w  [E, d], used in the dtype of x: logits = x router_w^T
     k         experts per token; the other arguments are those of `route` and `experts`
 
-    The backward sums dS inside the router's gradient and adds the router's dX in the experts' last kernel.
+    With the first three routers alone it is one autograd.Function: the backward sums dS inside the router's gradient and adds the router's dX in the
+    experts' last kernel. Otherwise it is `route`, then `experts`.
     """
-    check_choice(router, "router", ROUTERS)
     args = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
-    x, w2 = args[0], args[3]
-    if router_w.shape != (w2.shape[0], x.shape[1]):
-        raise ValueError(f"router_w is {tuple(router_w.shape)}, expected [E, d] = [{w2.shape[0]}, {x.shape[1]}]")
-    check_device(x, "x", router_w=router_w)
-    return Layer.apply(*args[:-1], router_w.to(x.dtype), (k, ROUTERS[router], *args[-1], saves_h(recompute)))
+    if router_w.shape != (args[3].shape[0], args[0].shape[1]):
+        raise ValueError(f"router_w is {tuple(router_w.shape)}, expected [E, d] = [{args[3].shape[0]}, {args[0].shape[1]}]")
+    check_device(args[0], "x", router_w=router_w)
+    if router in ROUTERS and router_bias is None and groups == 1 and scale == 1.0 and not z_loss:
+        return Layer.apply(*args[:-1], router_w.to(args[0].dtype), (k, ROUTERS[router], *args[-1], saves_h(recompute)))
+    ids, weights, _, aux = route(
+        args[0] @ router_w.to(args[0].dtype).t(), k, router=router, router_bias=router_bias, groups=groups, topk_groups=topk_groups, scale=scale,
+        z_loss=z_loss,
+    )  # fmt: skip
+    options = {"b1": b1, "b2": b2, "addend": addend, "recompute": recompute, "alpha": alpha, "limit": limit}
+    return experts(x, w1, w2, ids, weights, activation=activation, w1_layout=w1_layout, **options), aux

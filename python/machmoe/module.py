@@ -5,7 +5,8 @@ from torch import nn
 
 from ._library import GATED_ACTIVATIONS
 from .arguments import ACTIVATIONS, LAYOUTS, ROUTERS, RULES, check_choice
-from .functional import experts_general, layer, route
+from .functional import experts, experts_general, layer, route
+from .routers import EXTRA_ROUTERS, check_groups, update_router_bias
 from .routing import token_round
 
 
@@ -56,43 +57,64 @@ class MoE(nn.Module):
     """x [..., d] -> [..., d]; the load-balance loss of the last forward is in `aux_loss`.
 
     hidden_size, intermediate_size, num_experts, k    d, n, E, K
-    router        as in machmoe.route; activation, w1_layout, alpha, limit, recompute as in machmoe.experts
+    router, groups, topk_groups, scale, z_loss    as in machmoe.route; activation, w1_layout, alpha, limit, recompute as in machmoe.experts
+    router_bias   True: a selection bias in the buffer gate.e_score_correction_bias, moved by update_bias()
+    jitter        eps: while training the router sees x times uniform noise in [1 - eps, 1 + eps] (Switch Transformer, arXiv 2101.03961)
     routing       "topk", or "token-rounding": while training, rows per expert are rounded to multiples of `tile` by `rule`;
                   in evaluation it is plain top-K
     shared_intermediate_size   adds a shared SwiGLU expert of that size
     bias          biases b1 and b2
+    expert_counts holds the counts [E] of the last forward of a layer with router_bias
     Parameters: gate.weight [E, d], experts.gate_up_proj [E, 2n, d], experts.down_proj [E, d, n], shared_expert.*.
     On the meta device nothing is initialised: call to_empty() and reset_parameters().
     """
 
     def __init__(
-        self, hidden_size, intermediate_size, num_experts, k, *, router="softmax_topk_norm", activation="swiglu", w1_layout="concatenated",
-        routing="topk", tile=128, rule="nr_f", shared_intermediate_size=None, bias=False, alpha=1.702, limit=None, recompute=False,
-        device=None, dtype=None,
+        self, hidden_size, intermediate_size, num_experts, k, *, router="softmax_topk_norm", router_bias=False, groups=1, topk_groups=1, scale=1.0,
+        z_loss=0.0, jitter=0.0, activation="swiglu", w1_layout="concatenated", routing="topk", tile=128, rule="nr_f",
+        shared_intermediate_size=None, bias=False, alpha=1.702, limit=None, recompute=False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        check_choice(router, "router", ROUTERS)
+        check_choice(router, "router", ROUTERS | dict.fromkeys(EXTRA_ROUTERS))
+        check_groups(num_experts, k, groups, topk_groups)
         check_choice(activation, "activation", ACTIVATIONS)
         check_choice(w1_layout, "w1_layout", LAYOUTS)
         check_choice(rule, "rule", RULES)
         check_choice(routing, "routing", ("topk", "token-rounding"))
-        self.k, self.router, self.routing, self.tile, self.rule = k, router, routing, tile, rule
+        if routing == "token-rounding" and (router_bias or groups > 1 or scale != 1.0):
+            raise ValueError("routing is 'token-rounding', which ranks by the scores alone, expected router_bias False, groups 1 and scale 1.0")
+        self.k, self.router, self.routing, self.tile, self.rule, self.jitter = k, router, routing, tile, rule, jitter
+        self.choice = {"router": router, "groups": groups, "topk_groups": topk_groups, "scale": scale, "z_loss": z_loss}
         self.options = {"activation": activation, "w1_layout": w1_layout, "alpha": alpha, "limit": limit, "recompute": recompute}
         gated = ACTIVATIONS[activation] < GATED_ACTIVATIONS
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+        if router_bias:
+            self.gate.register_buffer("e_score_correction_bias", torch.zeros(num_experts, device=device, dtype=torch.float32))
         self.experts = Experts(hidden_size, intermediate_size, num_experts, gated=gated, bias=bias, device=device, dtype=dtype)
         self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, device, dtype) if shared_intermediate_size else None
-        self.aux_loss = None
+        self.aux_loss = self.expert_counts = None
         if not self.gate.weight.is_meta:
             self.reset_parameters()
 
     def reset_parameters(self):
         """W ~ N(0, 1 / fan-in), biases zero."""
         nn.init.normal_(self.gate.weight, std=self.gate.weight.shape[1] ** -0.5)
+        if self.router_bias is not None:
+            nn.init.zeros_(self.router_bias)
         self.experts.reset_parameters()
         if self.shared_expert is not None:
             for linear in self.shared_expert.children():
                 linear.reset_parameters()
+
+    @property
+    def router_bias(self):
+        return getattr(self.gate, "e_score_correction_bias", None)
+
+    def update_bias(self, rate=1e-3):
+        """After an optimiser step: moves the selection bias towards equal counts of the last forward (machmoe.update_router_bias)."""
+        if self.router_bias is None or self.expert_counts is None:
+            raise RuntimeError("update_bias needs a layer with router_bias=True that has run a forward")
+        update_router_bias(self.router_bias, self.expert_counts, rate)
 
     def __getstate__(self):
         return self.__dict__ | {"aux_loss": None}  # part of an autograd graph: copies and pickles go without it
@@ -102,11 +124,15 @@ class MoE(nn.Module):
         x = x.reshape(-1, shape[-1])
         e = self.experts
         options = self.options | {"b1": e.b1, "b2": e.down_proj_bias, "addend": None if self.shared_expert is None else self.shared_expert(x)}
-        if self.training and self.routing == "token-rounding":
-            logits = self.gate(x)
-            _, _, _, self.aux_loss = route(logits, self.k, router=self.router)
-            rounded = token_round(logits.float().softmax(-1), self.k, self.tile, self.rule, renormalize=self.router != "softmax_topk")
-            out = experts_general(x, e.w1, e.down_proj, rounded, **options)
-        else:
-            out, self.aux_loss = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, router=self.router, **options)
-        return out.view(shape)
+        rounding = self.training and self.routing == "token-rounding"
+        jitter = self.jitter if self.training else 0.0
+        if not rounding and not jitter and self.router_bias is None:
+            out, self.aux_loss = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
+            return out.view(shape)
+        logits = self.gate(x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter) if jitter else x)
+        ids, weights, self.expert_counts, self.aux_loss = route(logits, self.k, router_bias=self.router_bias, **self.choice)
+        if rounding:
+            scores = logits.float().sigmoid() if self.router in EXTRA_ROUTERS else logits.float().softmax(-1)
+            rounded = token_round(scores, self.k, self.tile, self.rule, renormalize=self.router not in ("softmax_topk", "sigmoid_topk"))
+            return experts_general(x, e.w1, e.down_proj, rounded, **options).view(shape)
+        return experts(x, e.w1, e.down_proj, ids, weights, **options).view(shape)
