@@ -334,10 +334,10 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
   });
 }
 
-machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int recompute, size_t* bytes) {
+machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int recompute, uint32_t phases, size_t* bytes) {
   return guarded([&] {
     const Layer l = experts_layer(layer);
-    out(bytes, "bytes") = backward_workspace(l.backend, l.shape, recompute != 0);
+    out(bytes, "bytes") = backward_workspace(l.backend, l.shape, recompute != 0, phases);
   });
 }
 
@@ -350,7 +350,7 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
                   "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
     MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
                   phases);
-    check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.h == nullptr));
+    check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.h == nullptr, phases));
     const WeightGrads grads{mutable_view(g.dw1_gate),
                             mutable_view(g.dw1_up),
                             mutable_view(g.dw2),

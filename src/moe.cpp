@@ -28,14 +28,18 @@ struct BackwardBuffers {
   void* dx_rows;       // [R_cap, d]
   void* h;             // recompute only
 };
-BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, Workspace& ws) {
+// In one call A' has been read, and the rebuilt H even before, when dX~ is written: they lie under it. Phases that are called apart keep them apart.
+BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, uint32_t phases, Workspace& ws) {
   const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
   BackwardBuffers buf{};
   buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
   buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
-  buf.a_prime = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.n) * element);
+  Workspace below = ws;
+  Workspace& place = phases == kPhaseAll ? below : ws;
+  buf.a_prime = take_with_slack(place, s.R_cap, static_cast<size_t>(s.n) * element);
+  buf.h = recompute ? place.take(row * s.planes() * s.n) : nullptr;
   buf.dx_rows = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);
-  buf.h = recompute ? ws.take(row * s.planes() * s.n) : nullptr;
+  ws.cover(below);
   return buf;
 }
 
@@ -60,22 +64,22 @@ void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
   if (!rows) b.aggregate({p.shape, p.routing, y, true, w.b2, p.addend, p.o, {}}, stream);
 }
 
-size_t backward_workspace(const Backend& b, const Shape& s, bool recompute) {
+size_t backward_workspace(const Backend& b, const Shape& s, bool recompute, uint32_t phases) {
   Workspace ws;
-  book_backward(b, s, recompute, ws);
+  book_backward(b, s, recompute, phases, ws);
   return ws.used();
 }
 
 const void* backward_ds_parts(const Backend& b, const Shape& s, bool recompute, void* workspace) {
   Workspace ws(workspace);
-  return book_backward(b, s, recompute, ws).ds_parts;
+  return book_backward(b, s, recompute, kPhaseActivation, ws).ds_parts;
 }
 
 void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
   b.check_shape(p.shape);
   Workspace ws(p.workspace);
   const bool recompute = p.h == nullptr;
-  const BackwardBuffers buf = book_backward(b, p.shape, recompute, ws);
+  const BackwardBuffers buf = book_backward(b, p.shape, recompute, p.phases, ws);
   const Weights& w = p.weights;
   const WeightGrads& g = p.grads;
   const bool rows = p.shape.kind == RoutingKind::Rows;

@@ -50,7 +50,8 @@ struct BackwardArgs {
   uint32_t phases;
   void* workspace;  // backward_workspace() bytes
 };
-size_t backward_workspace(const Backend&, const Shape&, bool recompute);
+// phases: kPhaseAll for one call, which takes less; anything else for phases that are called apart.
+size_t backward_workspace(const Backend&, const Shape&, bool recompute, uint32_t phases);
 void backward(const Backend&, const BackwardArgs&, Stream);
 // dS partials inside the workspace of a backward, for the router's backward.
 const void* backward_ds_parts(const Backend&, const Shape&, bool recompute, void* workspace);

@@ -157,6 +157,7 @@ struct Options {
   bool addend = false;
   bool accumulate = false;                         // onto gradients of one
   std::optional<DType> grad_dtype = std::nullopt;  // else the layer's
+  std::vector<uint32_t> phases = {MACHMOE_PHASE_ALL};
 };
 // Dense results.
 struct Results {
@@ -202,9 +203,10 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   io.dw1_gate = grads.views.w1_gate, io.dw1_up = grads.views.w1_up, io.dw2 = grads.views.w2;
   io.db1_gate = grads.views.b1_gate, io.db1_up = grads.views.b1_up, io.db2 = grads.views.b2;
   const bool recompute = forward.h == nullptr || s.R_cap == 0;
-  MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, recompute, &bytes));
+  MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, recompute, options.phases[0], &bytes));
   Buffer backward_workspace(bytes);
-  MACHMOE_OK_OR_FAIL(machmoe_backward(&layer, &routing.views, &weights.views, &io, MACHMOE_PHASE_ALL, backward_workspace.data(), bytes, nullptr));
+  for (uint32_t phases : options.phases)
+    MACHMOE_OK_OR_FAIL(machmoe_backward(&layer, &routing.views, &weights.views, &io, phases, backward_workspace.data(), bytes, nullptr));
 
   r.dw1_gate = gather(grads.views.w1_gate, grad_dtype, s.E, s.n, s.d);
   r.dw1_up = gather(grads.views.w1_up, grad_dtype, s.E, s.n, s.d);

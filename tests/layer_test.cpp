@@ -75,6 +75,20 @@ TEST(Layer, LayoutsOfW1AreBitEqual) {
   }
 }
 
+TEST(Layer, PhasesCalledApartGiveTheBitsOfOneCall) {
+  constexpr uint32_t kActivation = MACHMOE_PHASE_ACTIVATION, kWeight = MACHMOE_PHASE_WEIGHT, kInput = MACHMOE_PHASE_INPUT;
+  for (RoutingKind kind : {RoutingKind::TopK, RoutingKind::Rows})
+    for (bool recompute : {false, true}) {
+      const Problem p = make_problem({.name = "Phases", .kind = kind, .bias = true}, DType::BF16);
+      Results at_once, r;
+      ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute}, at_once));
+      for (const auto& phases : {std::vector{kActivation, kWeight, kInput}, {kActivation, kInput, kWeight}, {kActivation | kInput, kWeight}}) {
+        ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute, .phases = phases}, r));
+        EXPECT_TRUE(r == at_once);
+      }
+    }
+}
+
 TEST(Layer, WeightGradientsAccumulateInFp32) {
   const Problem p = make_problem({.name = "Accumulate", .E = 7, .pattern = Pattern::EvenExperts, .bias = true}, DType::BF16);
   Reference ref = reference(p, false);

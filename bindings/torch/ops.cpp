@@ -366,8 +366,8 @@ machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Option
   io.db1_gate = g.views.b1_gate, io.db1_up = g.views.b1_up, io.db2 = g.views.b2;
   return io;
 }
-Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, size_t& size) {
-  check(machmoe_backward_workspace_bytes(&layer, recompute, &size));
+Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, uint32_t phases, size_t& size) {
+  check(machmoe_backward_workspace_bytes(&layer, recompute, phases, &size));
   return bytes(like, size);
 }
 
@@ -388,7 +388,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
   const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, g);
   size_t workspace_bytes = 0;
-  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, MACHMOE_PHASE_ALL, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
@@ -416,7 +416,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, no_dscore, g);
   const bool recompute = io.h == nullptr;
   size_t workspace_bytes = 0;
-  const Tensor workspace = backward_workspace(l.layer, x, recompute, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, recompute, MACHMOE_PHASE_ACTIVATION, workspace_bytes);
   const auto run = [&](uint32_t phases) {
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };

@@ -160,7 +160,7 @@ class Layer {
   void backward(const Routing& routing, const machmoe_weights& weights, const Saved& saved, const void* x, const void* d_o,
                 const Gradients& g) const {
     size_t bytes = 0;
-    check(machmoe_backward_workspace_bytes(&descriptor_, saved.h.data() == nullptr, &bytes));
+    check(machmoe_backward_workspace_bytes(&descriptor_, saved.h.data() == nullptr, MACHMOE_PHASE_ALL, &bytes));
     const Buffer workspace(options_.allocator, bytes);
     machmoe_backward_io io{};
     io.struct_size = sizeof io;

@@ -1,5 +1,6 @@
 // One function books the buffers of a pass: run over a null base it yields the size, over real memory the pointers.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,6 +23,8 @@ class Workspace {
     return static_cast<T*>(take(sizeof(T) * static_cast<size_t>(count)));
   }
   size_t used() const { return used_; }
+  // A copy of this one booked buffers that may lie under those booked here since.
+  void cover(const Workspace& other) { used_ = std::max(used_, other.used_); }
 
  private:
   uint8_t* base_;
