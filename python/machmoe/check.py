@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import machmoe
 
 from .errors import need
+from .table import print_table
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 
@@ -311,7 +312,7 @@ def show(results, device):
         others = f"{max(shown.values()):.1e}" if shown else ""
         verdict = "[green]PASS[/]" if r.passed else "[red]FAIL[/]"
         table.add_row(r.case, str(r.dtype).removeprefix("torch."), *cells, others, "equal" if r.same_bits else "differ", verdict)
-    need("rich.console").Console(width=130).print(table)
+    print_table(table)
     for r in results:
         if r.failure:
             print(f"{r.case}, {r.dtype}: {r.failure}")

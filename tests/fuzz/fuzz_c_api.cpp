@@ -65,7 +65,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           : in.size(40);
   size_t metadata_bytes = 0, scratch_bytes = 0, forward_bytes = 0, backward_bytes = 0;
   if (!ok(machmoe_routing_bytes(&layer, 1, &metadata_bytes, &scratch_bytes))) return 0;
-  if (!ok(machmoe_forward_workspace_bytes(&layer, &forward_bytes)) || !ok(machmoe_backward_workspace_bytes(&layer, 0, MACHMOE_PHASE_ALL, &backward_bytes))) return 0;
+  if (!ok(machmoe_forward_workspace_bytes(&layer, &forward_bytes)) ||
+      !ok(machmoe_backward_workspace_bytes(&layer, 0, MACHMOE_PHASE_ALL, &backward_bytes)))
+    return 0;
   if (layer.T > kLimit || layer.row_capacity > kLimit || layer.E > 64 || layer.d > 64 || layer.n > 64) return 0;
 
   const size_t element = layer.dtype == MACHMOE_F64 ? 8 : layer.dtype == MACHMOE_F32 ? 4 : 2, accum = layer.dtype == MACHMOE_F64 ? 8 : 4;

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError, need
+from ..table import print_table
 from ..train.checkpoint import write_atomically
 from .plot import plot
 from .shapes import H200_SHAPES, SHAPES, floor_ms, parse
@@ -88,12 +89,6 @@ def measure_shape(shape, names, arguments, device, dtype):
     return [records[name] for name in names]
 
 
-def table_width(table):
-    """A table cut to the terminal's width would lose numbers: let the lines wrap instead."""
-    console = need("rich.console").Console(width=1000)
-    return console.measure(table).maximum
-
-
 def show(records, unit, on_cuda):
     first = records[0]
     table = need("rich.table").Table(title="{shape}: T {T}, d {d}, n {n}, E {E}, K {K}".format(**first), title_justify="left")
@@ -142,7 +137,7 @@ def show(records, unit, on_cuda):
                 str(r.get("launches", "-")),
             ]
         table.add_row(*row)
-    need("rich.console").Console(width=max(table_width(table), 80)).print(table)
+    print_table(table)
     for r in (r for r in records if "error" in r):
         print(f"{r['contestant']} did not run: {r['error']}")
 

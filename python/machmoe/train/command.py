@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..errors import UserError, need
+from ..table import print_table
 from . import checkpoint
 from .config import DTYPES, EXPERTS, PRESETS, ROUTINGS, Config, apply_choice, flag, make_config
 from .loop import Trainer
@@ -183,7 +184,7 @@ def summarise(outcomes, seconds):
     for choice, values in outcomes.items():
         relative = {key: "" if values[key] == first[key] else f" ({values[key] / first[key] - 1:+.2%})" for key in columns}
         table.add_row(choice, *(format(values[key], style) + relative[key] for key, (_, style) in columns.items()))
-    need("rich.console").Console().print(table)
+    print_table(table)
     for values in outcomes.values():
         print(f"files   {values['run']}: {checkpoint.find(values['run']).name}, metrics.jsonl, loss.png")
         if values["val_loss"] >= values["bigram"]:
