@@ -26,7 +26,7 @@ def kernels_and_problems(log: str) -> tuple[int, list[str]]:
 def main(folder: pathlib.Path) -> int:
     objects = []
     for command in json.loads((folder / "compile_commands.json").read_text()):
-        if command["file"].endswith(".cu"):
+        if command["file"].endswith(".cu") and "/tests/" not in command["file"]:
             output = command.get("output") or re.search(r" -o (\S+)", command["command"]).group(1)
             objects.append((command["file"], pathlib.Path(command["directory"], output + ".log")))
     kernels, found = 0, []

@@ -71,6 +71,17 @@ Tensor none(const Tensor& like, int32_t dtype) { return empty(like, {0}, dtype);
 // Workspaces and metadata in units of int32.
 Tensor bytes(const Tensor& like, size_t count) { return empty(like, {static_cast<int64_t>((count + 3) / 4)}, MACHMOE_I32); }
 
+// The workspace of a forward or a backward. On the CPU a thread keeps its largest one: the pages of a fresh one would be mapped at every call.
+Tensor workspace_of(const Tensor& like, size_t count) {
+  if (like.is_cuda()) return bytes(like, count);
+  thread_local std::optional<Tensor> kept;
+  if (!kept || static_cast<size_t>(kept->numel()) * 4 < count) {
+    kept.reset();
+    kept = bytes(like, count);
+  }
+  return *kept;
+}
+
 void* data(const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; }
 void* data(const Optional& t) { return t ? data(*t) : nullptr; }
 void* at(const Tensor& t, int64_t elements) {
@@ -317,7 +328,7 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, co
   const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : empty(x, {0, planes, l.layer.n}, l.layer.dtype);
   size_t workspace_bytes = 0;
   check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
-  const Tensor workspace = bytes(x, workspace_bytes);
+  const Tensor workspace = workspace_of(x, workspace_bytes);
   const machmoe_forward_io io{sizeof io, data(x), data(addend), data(h), data(o)};
   check(machmoe_forward(&l.layer, &l.routing, &l.weights, &io, data(workspace), workspace_bytes, launch.stream()));
   return {o, h};
@@ -368,7 +379,7 @@ machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Option
 }
 Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, uint32_t phases, size_t& size) {
   check(machmoe_backward_workspace_bytes(&layer, recompute, phases, &size));
-  return bytes(like, size);
+  return workspace_of(like, size);
 }
 
 // score_dtype: of topk_weights or score; negative: its gradient is not wanted.
