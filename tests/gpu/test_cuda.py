@@ -69,6 +69,32 @@ def test_the_router_selects_as_the_cpu_does(T, E, K, router, dtype):
     assert error(b.grad, a.grad) < (1e-4 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "softmax_topk_norm", "sigmoid_topk", "sigmoid_topk_norm"])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "groups", "topk_groups"), [(0, 8, 2, 4, 2), (1, 4, 2, 2, 1), (999, 64, 6, 8, 3), (2000, 256, 8, 8, 4), (300, 160, 8, 1, 1)]
+)
+def test_bias_groups_scale_and_z_loss_are_those_of_the_cpu(T, E, K, groups, topk_groups, router):
+    """In fp64: an fp32 sigmoid may differ by its last bit between the devices, and a near tie would then be broken otherwise."""
+    torch.manual_seed(4)
+    logits, bias = torch.randn(T, E, dtype=torch.float64), torch.randn(E, dtype=torch.float64) / 8
+    a, b = logits.clone().requires_grad_(), logits.to(CUDA).requires_grad_()
+    options = {"router": router, "groups": groups, "topk_groups": topk_groups, "scale": 2.5, "z_loss": 0.1}
+    ours, theirs = machmoe.route(a, K, router_bias=bias, **options), machmoe.route(b, K, router_bias=bias.to(CUDA), **options)
+    assert torch.equal(ours[0], theirs[0].cpu()) and torch.equal(ours[2], theirs[2].cpu())
+    assert error(theirs[1], ours[1]) < 1e-12 and error(theirs[3], ours[3]) < 1e-12
+    factor = torch.randn(T, K, dtype=torch.float64)
+    ((ours[1] * factor).sum() + ours[3]).backward()
+    ((theirs[1] * factor.to(CUDA)).sum() + theirs[3]).backward()
+    assert error(b.grad, a.grad) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_of_scores_and_groups_go_to_the_lower_id(dtype):
+    logits = torch.zeros(40, 16, device=CUDA, dtype=dtype)
+    ids = machmoe.route(logits, 5, router="sigmoid_topk_norm", router_bias=torch.zeros(16, device=CUDA), groups=4, topk_groups=2)[0]
+    assert torch.equal(ids.cpu(), torch.arange(5, dtype=torch.int32).expand(40, 5))
+
+
 def leaves(T, d, n, E, K, gated=True, bias=False):
     torch.manual_seed(3)
     v = {
