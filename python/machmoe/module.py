@@ -116,6 +116,15 @@ class MoE(nn.Module):
             raise RuntimeError("update_bias needs a layer with router_bias=True that has run a forward")
         update_router_bias(self.router_bias, self.expert_counts, rate)
 
+    def _apply(self, fn, *args, **kwargs):
+        """Moves and casts the layer. The selection bias stays fp32: steps of update_bias would vanish in bf16."""
+        bias = self.router_bias
+        super()._apply(fn, *args, **kwargs)
+        if bias is not None:
+            moved = self.router_bias
+            self.gate.e_score_correction_bias = moved.float() if bias.is_meta or moved.is_meta else bias.to(moved.device)
+        return self
+
     def __getstate__(self):
         return self.__dict__ | {"aux_loss": None}  # part of an autograd graph: copies and pickles go without it
 

@@ -127,6 +127,20 @@ def test_a_layer_with_bias_balances_its_experts():
     assert moe.router_bias.requires_grad is False
 
 
+def test_the_bias_stays_fp32_when_the_layer_is_cast():
+    moe = machmoe.MoE(D, N, E, 2, router="sigmoid_topk_norm", router_bias=True)
+    moe.router_bias.fill_(0.5001)
+    wrapped = torch.nn.Sequential(moe).to(torch.bfloat16)
+    assert moe.gate.weight.dtype == torch.bfloat16 and moe.router_bias.dtype == torch.float32
+    assert (wrapped[0].router_bias == torch.tensor(0.5001)).all()
+    wrapped(torch.randn(64, D, dtype=torch.bfloat16))
+    moe.update_bias()
+    assert (moe.router_bias - 0.5001).abs().max() > 0.0009
+    on_meta = machmoe.MoE(D, N, E, 2, router_bias=True, device="meta", dtype=torch.bfloat16)
+    on_meta.to_empty(device="cpu").reset_parameters()
+    assert on_meta.router_bias.dtype == torch.float32 and not on_meta.router_bias.any()
+
+
 def test_jitter_disturbs_the_router_in_training_alone():
     torch.manual_seed(6)
     moe, x = machmoe.MoE(D, N, E, 2, router="softmax_topk", jitter=0.3), torch.randn(64, D)
