@@ -349,7 +349,7 @@ void verify_dh_as(Problem& q, Verdict& verdict, size_t samples) {
   guards(q.ds, parts * cap, ds.p);
   verdict(q, "dH", dh.get(), 4e-3);
   verdict(q, "A'", a.get(), 4e-3);
-  verdict(q, "dS", ds.get(), 1e-4);
+  verdict(q, "dS", ds.get(), 4e-3);  // of dA' in bf16
 }
 void verify_dh(Problem& q, Verdict& verdict, size_t samples) {
   dispatch_activation(q.s.act.kind, [&](auto tag) { verify_dh_as<decltype(tag)::kind>(q, verdict, samples); });

@@ -6,21 +6,22 @@
 namespace machmoe::cuda::hopper {
 namespace {
 
-template <bool kScaled, int kColumns, class Epilogue>
+template <bool kScaled>
 void launch(const DownProjArgs& a, Stream stream) {
-  using Schedule = PingPong<kColumns, 4>;
+  using Schedule = Held<256, 4>;
+  using Epilogue = StoreEpilogue<256, kScaled>;
   const Shape& s = a.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, R_cap = s.R_cap;
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   GroupedGemmParams<TmaRows, Epilogue> p{};
   int clusters = 0;
   p.k_blocks = static_cast<int>((s.n + kBlockK - 1) / kBlockK);
-  p.step = pair_step(work, s.R_cap, s.E, (s.d + kColumns - 1) / kColumns, num_sms(), clusters);
-  p.rows.map = tensor_map<bf16>(a.a, {n, R_cap}, {2 * n}, {kBlockK, kTileRows}, 128);
+  p.step = pair_step(work, s.R_cap, s.E, (s.d + 255) / 256, num_sms(), clusters);
+  p.rows = {tensor_map<bf16>(a.a, {n, R_cap, 1}, {2 * n, 2 * n * R_cap}, {kBlockK, kTileRows, 1}, 128), p.k_blocks};
   p.weights.half[0] = p.weights.half[1] =
-      tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {kBlockK, kColumns / 2, 1}, 128);
-  p.weights.step = kColumns;
-  p.weights.second = kColumns / 2;
+      tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {kBlockK, 128, 1}, 128);
+  p.weights.step = 256;
+  p.weights.second = 128;
   p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, Epilogue::kBox);
   p.epilogue.d = static_cast<int>(d);
   if constexpr (kScaled) {
@@ -28,16 +29,15 @@ void launch(const DownProjArgs& a, Stream stream) {
     p.epilogue.b2 = a.b2;
     p.unused = {static_cast<uint4*>(a.y), &work.header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
   }
-  launch_kernel(grouped_gemm<Schedule, TmaRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
+  launch_kernel(grouped_gemm<Schedule, TmaRows, Epilogue>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 
 }  // namespace
 
 void down_proj(const DownProjArgs& a, Stream stream) {
   if (a.shape.R_cap == 0) return;
-  // Beside scores and biases the addresses of 192 columns do not fit into registers.
-  return a.shape.kind == RoutingKind::Rows ? launch<true, 176, StoreEpilogue<176, 88, 3, true>>(a, stream)
-                                           : launch<false, 192, StoreEpilogue<192, 64, 4, false>>(a, stream);
+  if (a.shape.kind == RoutingKind::Rows) launch<true>(a, stream);
+  else launch<false>(a, stream);
 }
 
 }  // namespace machmoe::cuda::hopper

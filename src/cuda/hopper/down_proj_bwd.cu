@@ -1,15 +1,11 @@
 // dH kernel: dA' = gather(dO) W2, and in the epilogue A = act(H), dS = <dA', A>, dH = act'(H) s dA', A' = s A.
-// Ping-pong: each consumer warpgroup owns a 64 x 256 tile and computes while the other runs its epilogue. The CTAs of a cluster take two row tiles
-// of one expert and multicast half of W2 each (MN-major panels [64 of d][64 of n]); dO rows are gathered by cp.async.
-// Epilogue per warp, 16 rows x 32 columns at a time: H arrives by TMA while the mainloop runs, dH overwrites it in place, A' stands beside it, both
-// leave by ragged TMA stores. Warp i of both warpgroups uses the same buffers: the one that ends its epilogue loads the first chunks for the other.
+// A finished tile of dA' is held as bf16 while the next one is multiplied (schedule Held). Epilogue per warp, 16 rows x 32 columns at a time: H arrives
+// by TMA two chunks ahead, dH overwrites it in place, A' stands beside it, both leave by ragged TMA stores.
 #include <type_traits>
 
 #include "core/activation.h"
-#include "cuda/hopper/gemm/launch.cuh"
-#include "cuda/hopper/gemm/tile_walk.cuh"
-#include "cuda/hopper/ptx/ptx.cuh"
-#include "cuda/hopper/select.h"
+#include "cuda/hopper/gemm/grouped_gemm.cuh"
+#include "cuda/hopper/gemm/held_tiles.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 #include "cuda/hopper/tile/tensor_map.h"
 #include "cuda/kernels.h"
@@ -17,289 +13,150 @@
 namespace machmoe::cuda::hopper {
 namespace {
 
-constexpr int kM = 64, kN = 256;
-constexpr int kABytes = kM * 128, kPanelBytes = 64 * 128, kBBytes = kN / 64 * kPanelBytes;
-constexpr int kChunk = 32, kPlaneBytes = 16 * kChunk * 2, kBufferBytes = 3 * kPlaneBytes;  // a buffer holds gate, up and A' of 16 rows
-
-// Shared memory goes to stages of the mainloop or to buffers of the epilogue: a short mainloop (small d) leaves the time to the epilogue.
-template <int kStages_, int kBuffers_>
-struct Split {
-  static constexpr int kStages = kStages_, kBuffers = kBuffers_, kStaging = 4 * kBuffers * kBufferBytes;
-  static constexpr int kSmem = kStages * (kABytes + kBBytes) + kStaging + 2 * kStages * 8 + 4 * kBuffers * 8;
-  static_assert(kSmem <= 232448);
-};
-using LongMainloop = Split<5, 2>;
-using ShortMainloop = Split<4, 5>;
-
-struct DownProjBwdParams {
-  CUtensorMap w2;       // [E][d][n], box {64, 64, 1}
-  CUtensorMap h;        // [planes][R_cap][n], box {32, 16, planes}
-  CUtensorMap dh;       // ragged, box {32, 16, 1, planes}
-  CUtensorMap a_prime;  // ragged, box {32, 16, 1}
-  WalkStep step;
-  const bf16* d_o;     // [T, d]
-  const int* token;    // row -> row of d_o; null: itself
-  const float* score;  // null: 1
-  float* ds;           // [column tiles][R_cap]
-  int d, n, R_cap;
-  float alpha, limit;
-};
+constexpr int kN = 256;
 
 // kClamped: SwiGLU and swiglu_oai with a limit. The common case carries no code for it.
-template <ActivationKind K, bool kClamped, class Split>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) down_proj_bwd_kernel(const __grid_constant__ DownProjBwdParams p) {
-  constexpr int kPlanes = Activation{K}.gated() ? 2 : 1, kStages = Split::kStages, kBuffers = Split::kBuffers, kStaging = Split::kStaging;
-  constexpr int kTogether = K == ActivationKind::SwiGLU && !kClamped ? 2 : 1;  // 16-column halves of a chunk in registers at a time
-  extern __shared__ __align__(1024) uint8_t raw[];
-  const uint32_t s_a = smem_u32(raw), s_b = s_a + kStages * kABytes, s_staging = s_b + kStages * kBBytes, bars = s_staging + kStaging;
-  auto full = [&](int s) { return bars + 8 * s; };
-  auto empty = [&](int s) { return bars + 8 * (kStages + s); };
-  auto loaded = [&](int warp, int b) { return bars + 16 * kStages + 8 * (warp * kBuffers + b); };  // H stands in buffer b of the warp
-  const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
-  const int blocks = (p.d + 63) / 64;
+template <ActivationKind K, bool kClamped>
+struct ActivationGradEpilogue {
+  static constexpr bool kNarrow = true;
+  static constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
+  static constexpr int kChunk = 32, kChunks = kN / kChunk;
+  static constexpr int kPlaneBytes = 16 * kChunk * 2, kStagingBytes = 3 * kPlaneBytes;  // gate, up and A' of 16 rows
+  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                    // tiles, the scores of two, a barrier
+  struct Params {
+    CUtensorMap h;        // [planes][R_cap][n], box {32, 16, planes}
+    CUtensorMap dh;       // ragged, box {32, 16, 1, planes}
+    CUtensorMap a_prime;  // ragged, box {32, 16, 1}
+    const float* score;   // null: 1
+    float* ds;            // [column tiles][R_cap]
+    int n, R_cap;
+    float alpha, limit;
+  };
+  const Params& p;
+  uint32_t staging, notes;  // shared memory of this warp
+  HeldTiles tiles;
+  int left = 0, following = 0;  // chunks of the held tile to come, those of the next one
+  int loads = 0;                // of H so far
+  bool loading = false;         // H of the next chunk is under way, or there
+  float ds[2] = {0.f, 0.f};
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; s++) {
-      mbar_init(full(s), 129);
-      mbar_init(empty(s), 4 * 2);
+  DEV uint32_t score_at(uint32_t slot, int row) const { return notes + HeldTiles::kBytes + 4 * (slot + row); }
+  DEV uint32_t loaded() const { return notes + HeldTiles::kBytes + 128; }
+  DEV int chunks(int rows, int column) const { return rows > 0 ? (min(kN, p.n - column * kN) + kChunk - 1) / kChunk : 0; }
+
+  DEV ActivationGradEpilogue(const Params& params, uint32_t staging_, uint32_t notes_) : p(params), staging(staging_), notes(notes_), tiles(notes_) {
+    if (lane_id() == 0) {
+      mbar_init(loaded(), 1);
+      mbar_init_fence();
+      fence_proxy_async();
     }
-    for (int i = 0; i < 4 * kBuffers; i++) mbar_init(loaded(0, i), 1);
-    mbar_init_fence();
+    __syncwarp();
   }
-  cluster_sync();
-  const int entries = __ldg(p.step.entries);
-  TileWalk at(p.step, blockIdx.x / 2);
-
-  if (wg == 0) {
-    reg_dec<56>();
-    constexpr int kRows = kM / 16;  // this thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i
-    const uint32_t dst0 = s_a + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    int source[kRows];  // rows of d_o; past the expert's end its last row, which the store clips
-    auto fetch = [&](const OutputTile& t) {
-      if (!t.valid()) return;
-#pragma unroll
-      for (int i = 0; i < kRows; i++) {
-        const int row = min(t.row + rank * kM + tid / 8 + 16 * i, t.row_end - 1);
-        source[i] = p.token ? __ldg(p.token + row) : row;
-      }
-    };
-    int s = 0;
-    uint32_t phase = 0;
-    // Tiles are read two ahead and their rows one ahead, so that nothing here waits for a load.
-    OutputTile next = tile_at(at, p.step, entries);
-    fetch(next);
-    at.advance(p.step);
-    OutputTile after = tile_at(at, p.step, entries);
-    while (next.valid()) {
-      const OutputTile t = next;
-      const bool any = t.row + rank * kM < t.row_end;
-      const uint8_t* src[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; i++) src[i] = reinterpret_cast<const uint8_t*>(p.d_o) + static_cast<size_t>(source[i]) * (2 * p.d) + (tid % 8) * 16;
-      next = after;
-      fetch(next);
-      at.advance(p.step);
-      after = tile_at(at, p.step, entries);
-      for (int k = 0; k < blocks; k++) {
-        mbar_wait(empty(s), phase ^ 1);
-        if (tid == 0) {
-          mbar_arrive_expect_tx(full(s), kBBytes);
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int j = 2 * rank + i;
-            tma_load_3d_mc(s_b + s * kBBytes + j * kPanelBytes, &p.w2, full(s), t.column * kN + j * 64, k * 64, t.expert, 3);
-          }
-        }
-        if (any) {
-          const int bytes = k * 64 + (tid % 8) * 8 < p.d ? 16 : 0;  // columns past d are zero
-#pragma unroll
-          for (int i = 0; i < kRows; i++) {
-            cp_async16_zfill(dst0 + s * kABytes + i * 2048, src[i], bytes);
-            src[i] += 128;
-          }
-        }
-        cp_async_mbar_arrive_noinc(full(s));
-        if (++s == kStages) {
-          s = 0;
-          phase ^= 1;
-        }
-      }
+  DEV int columns(const CtaTile& t) const { return p.n - t.column * kN; }
+  // A tile begins to be multiplied.
+  DEV void begin(const CtaTile& t, int row) {
+    tiles.begin(t, row);
+    const int rows = min(16, t.row_end - row), lane = lane_id();
+    following = chunks(rows, t.column);
+    if (lane < rows) {
+      if (p.score) cp_async4(score_at(tiles.next, lane), p.score + row + lane);
+      else store_shared(score_at(tiles.next, lane), 1.f);
     }
-  } else {
-    reg_inc<224>();
-    const int w = wg - 1;
-    auto release = [&](int s) {
-      if (lane < 2) mbar_arrive_remote(empty(s), lane);
-    };
-    auto buffer_at = [&](int b) { return s_staging + (warp * kBuffers + b) * kBufferBytes; };
-    auto first_row = [&](const OutputTile& t) { return t.row + rank * kM + warp * 16; };  // of this warp
-    auto chunks = [&](const OutputTile& t) { return first_row(t) < t.row_end ? (min(kN, p.n - t.column * kN) + kChunk - 1) / kChunk : 0; };
-    auto load_h = [&](const OutputTile& t, int chunk, int b) {  // one lane
-      mbar_arrive_expect_tx(loaded(warp, b), kPlanes * kPlaneBytes);
-      tma_load_3d(buffer_at(b), &p.h, loaded(warp, b), t.column * kN + chunk * kChunk, first_row(t), 0);
-    };
-    int buffer = 0;         // of the next chunk; the pair of warps counts through the tiles of both
-    uint32_t parities = 0;  // bit b: the phase of buffer b that comes next
-    auto preload = [&](const OutputTile& t) {
-      if (lane == 0) {
-        for (int c = 0; c < min(chunks(t), kBuffers); c++) load_h(t, c, (buffer + c) % kBuffers);
-      }
-      __syncwarp();
-    };
-    auto skip = [&](const OutputTile& t) {
-      for (int c = chunks(t); c > 0; c--) {
-        parities ^= 1u << buffer;
-        buffer = (buffer + 1) % kBuffers;
-      }
-    };
-
-    float acc[kN / 2];
-    int used = 0;  // stages of the ring so far, those of the other warpgroup included
-    OutputTile next = tile_at(at, p.step, entries);
-    if (w == 0) {
-      if (next.valid()) preload(next);
-    } else {
-      if (next.valid()) skip(next);
-      used = blocks;
-      at.advance(p.step);
-      next = tile_at(at, p.step, entries);
-      bar_arrive(3, 256);        // warpgroup 0 starts
-      bar_arrive(6 + warp, 64);  // and owns the buffers
-    }
-    while (next.valid()) {
-      const OutputTile t = next;
-      at.advance(p.step);
-      const OutputTile peer = tile_at(at, p.step, entries);  // of the other warpgroup
-      at.advance(p.step);
-      next = tile_at(at, p.step, entries);
-      const int row = first_row(t), v = min(16, t.row_end - row), count = chunks(t);
-      const bool any = t.row + rank * kM < t.row_end;
-      float score[2];
-#pragma unroll
-      for (int h = 0; h < 2; h++) score[h] = p.score ? __ldg(p.score + min(row + lane / 4 + 8 * h, p.R_cap - 1)) : 1.f;
-
-      bar_sync(3 + w, 256);  // my turn at the tensor cores
-      int s = used % kStages, previous = -1;
-      uint32_t phase = used / kStages & 1;
-      used += 2 * blocks;
-      auto mainloop = [&](auto width) {
-        constexpr int N = decltype(width)::value;
-        for (int k = 0; k < blocks; k++) {
-          mbar_wait(full(s), phase);
-          fence_proxy_async();
-          if (any) {
-            wgmma_fence();
-            const uint64_t a = desc_sw128(s_a + s * kABytes, 16, 1024), b = desc_sw128(s_b + s * kBBytes, kPanelBytes, 1024);
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) Wgmma<N, 0, 1>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[0]), a + 2 * kk, b + 128 * kk, (k | kk) != 0);
-            wgmma_commit();
-          }
-          wgmma_wait<1>();
-          if (previous >= 0) release(previous);
-          previous = s;
-          if (++s == kStages) {
-            s = 0;
-            phase ^= 1;
-          }
-        }
-      };
-      const int columns = p.n - t.column * kN;  // a narrower last tile costs no more than its columns
-      if (columns <= 64) mainloop(std::integral_constant<int, 64>());
-      else if (columns <= 128) mainloop(std::integral_constant<int, 128>());
-      else if (columns <= 192) mainloop(std::integral_constant<int, 192>());
-      else mainloop(std::integral_constant<int, kN>());
-      bar_arrive(4 - w, 256);
-      wgmma_wait<0>();
-      release(previous);
-
-      bar_sync(6 + w * 4 + warp, 64);  // the other warp is done with the buffers: parities would be ambiguous otherwise
-      const int peer_count = peer.valid() ? chunks(peer) : 0;
-      auto load_ahead = [&](int c, int b) {  // the chunk that follows c in its buffer: of this tile, or one of the peer's first
-        const int ahead = c + kBuffers;
-        if (ahead < count) load_h(t, ahead, b);
-        else if (ahead - count < min(peer_count, kBuffers)) load_h(peer, ahead - count, b);
-      };
-      if (lane == 0)
-        for (int c = count - kBuffers; c < 0; c++)
-          load_ahead(c, (buffer + kBuffers + c) % kBuffers);  // few chunks: buffers that this tile leaves free
-      float ds[2] = {0.f, 0.f};
-#pragma unroll
-      for (int c = 0; c < kN / kChunk; c++) {
-        if (c >= count) break;
-        const uint32_t buf = buffer_at(buffer);
-        mbar_wait(loaded(warp, buffer), parities >> buffer & 1);
-        parities ^= 1u << buffer;
-        // H first and the stores last: the chains in between are independent and hide each other's latency.
-#pragma unroll
-        for (int j0 = 0; j0 < kChunk / 16; j0 += kTogether) {
-          uint32_t gate[kTogether][4], up[kTogether][4], a_prime[kTogether][4];
-#pragma unroll
-          for (int j = 0; j < kTogether; j++) {
-            const uint32_t at_j = buf + matrix_offset<kChunk>(lane, 2 * (j0 + j));
-            if constexpr (kPlanes == 2) ldmatrix_x4(gate[j], at_j);
-            ldmatrix_x4(up[j], at_j + (kPlanes - 1) * kPlaneBytes);
-          }
-#pragma unroll
-          for (int j = 0; j < kTogether; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {  // fragment i: column block 2 (j0 + j) + i / 2, row half i % 2
-              const int h = i & 1;
-              const float2 g = kPlanes == 2 ? unpack(gate[j][i]) : float2{}, u = unpack(up[j][i]);
-              float d_gate[2], d_up[2], scaled[2];
-#pragma unroll
-              for (int e = 0; e < 2; e++) {
-                const float da = acc[(c * (kChunk / 8) + 2 * (j0 + j) + (i >> 1)) * 4 + h * 2 + e], sda = score[h] * da;
-                const ActivationGrad<float> act = activate<K, float>(e ? g.y : g.x, e ? u.y : u.x, p.alpha, kClamped ? p.limit : 0.f);
-                ds[h] = fmaf(da, act.a, ds[h]);
-                d_gate[e] = sda * act.d_gate;
-                d_up[e] = sda * act.d_up;
-                scaled[e] = score[h] * act.a;
-              }
-              if constexpr (kPlanes == 2) gate[j][i] = pack(d_gate[0], d_gate[1]);
-              up[j][i] = pack(d_up[0], d_up[1]);
-              a_prime[j][i] = pack(scaled[0], scaled[1]);
-            }
-#pragma unroll
-          for (int j = 0; j < kTogether; j++) {
-            const uint32_t at_j = buf + matrix_offset<kChunk>(lane, 2 * (j0 + j));
-            if constexpr (kPlanes == 2) stmatrix_x4(at_j, gate[j][0], gate[j][1], gate[j][2], gate[j][3]);
-            stmatrix_x4(at_j + (kPlanes - 1) * kPlaneBytes, up[j][0], up[j][1], up[j][2], up[j][3]);
-            stmatrix_x4(at_j + 2 * kPlaneBytes, a_prime[j][0], a_prime[j][1], a_prime[j][2], a_prime[j][3]);
-          }
-        }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) {
-          const int col = t.column * kN + c * kChunk;
-          tma_store_4d(&p.dh, buf, col, 16 - v, row + v, 0);
-          tma_store_4d(&p.a_prime, buf + 2 * kPlaneBytes, col, kRaggedRows - v, row + v, 0);
-          bulk_commit();
-          if (c > 0) {  // H into the buffer of the previous chunk, whose store has been read by now
-            bulk_wait_read<1>();
-            load_ahead(c - 1, (buffer + kBuffers - 1) % kBuffers);
-          }
-        }
-        __syncwarp();
-        buffer = (buffer + 1) % kBuffers;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        ds[h] += __shfl_xor_sync(~0u, ds[h], 1);
-        ds[h] += __shfl_xor_sync(~0u, ds[h], 2);
-        if (lane % 4 == 0 && lane / 4 + 8 * h < v) p.ds[static_cast<size_t>(t.column) * p.R_cap + row + lane / 4 + 8 * h] = ds[h];
-      }
-      if (lane == 0) {
-        bulk_wait_read<0>();
-        if (count > 0) load_ahead(count - 1, (buffer + kBuffers - 1) % kBuffers);
-      }
-      __syncwarp();
-      if (peer.valid()) skip(peer);
-      bar_arrive(6 + (1 - w) * 4 + warp, 64);  // the buffers are the other warp's
-    }
-    if (lane == 0) bulk_wait<0>();
+    __syncwarp();
   }
-  cluster_sync();  // no CTA leaves while its peer may still arrive here
-}
+  // H of the next chunk, once the stores of the last one have been read.
+  DEV void refill() {
+    if (loading || left + following == 0) return;
+    if (lane_id() == 0) {
+      const WarpTile t = tiles.at(left > 0 ? tiles.next ^ 16 : tiles.next);
+      const int c = left > 0 ? chunks(t.rows, t.column) - left : 0;
+      bulk_wait_read<0>();
+      mbar_arrive_expect_tx(loaded(), kPlanes * kPlaneBytes);
+      tma_load_3d(staging, &p.h, loaded(), t.column * kN + c * kChunk, t.row, 0);
+    }
+    __syncwarp();
+    loading = true;
+    loads++;
+  }
+  // The tile is complete: its products are what chunk() sees from now on.
+  DEV bool complete(const float (&)[kN / 2]) {
+    finish_ds();
+    cp_async_wait_all();
+    left = following;
+    following = 0;
+    ds[0] = ds[1] = 0.f;
+    return tiles.complete().more;
+  }
+  DEV void chunk(int c, const uint32_t (&d_a)[kN / 4]) {
+    if (left == 0) return;
+    const int lane = lane_id();
+    mbar_wait(loaded(), ~loads & 1);
+    const float score[2] = {load_shared_float(score_at(tiles.next ^ 16, lane / 4)), load_shared_float(score_at(tiles.next ^ 16, lane / 4 + 8))};
+    // Of a block of 8 columns a lane holds two pairs of each plane: of the low and of the high row.
+    const int row = lane % 16, plane = kPlanes == 2 ? lane / 16 : 0;
+    auto at = [&](int b) { return staging + plane * kPlaneBytes + swizzled(row, b, 2 * kChunk); };
+    uint32_t ahead[4];
+    auto read = [&](int b) {
+      if constexpr (kPlanes == 2) ldmatrix_x4(ahead, at(b));
+      else ldmatrix_x2(ahead[2], ahead[3], at(b));
+    };
+    read(0);
+#pragma unroll
+    for (int b = 0; b < kChunk / 8; b++) {
+      uint32_t h[4], a_prime[2];
+#pragma unroll
+      for (int i = 0; i < 4; i++) h[i] = ahead[i];
+      if (b + 1 < kChunk / 8) read(b + 1);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float2 g = kPlanes == 2 ? unpack(h[half]) : float2{}, u = unpack(h[2 + half]), da = unpack_here(d_a[(c * (kChunk / 8) + b) * 2 + half]);
+        float d_gate[2], d_up[2], scaled[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float d = e ? da.y : da.x, sd = score[half] * d;
+          const ActivationGrad<float> act = activate<K, float>(e ? g.y : g.x, e ? u.y : u.x, p.alpha, kClamped ? p.limit : 0.f);
+          ds[half] = fmaf(d, act.a, ds[half]);
+          d_gate[e] = sd * act.d_gate;
+          d_up[e] = sd * act.d_up;
+          scaled[e] = score[half] * act.a;
+        }
+        h[half] = pack(d_gate[0], d_gate[1]);
+        h[2 + half] = pack(d_up[0], d_up[1]);
+        a_prime[half] = pack(scaled[0], scaled[1]);
+      }
+      if constexpr (kPlanes == 2) stmatrix_x4(at(b), h[0], h[1], h[2], h[3]);
+      else stmatrix_x2(at(b), h[2], h[3]);
+      stmatrix_x2(staging + 2 * kPlaneBytes + swizzled(row, b, 2 * kChunk), a_prime[0], a_prime[1]);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane_id() == 0) {
+      const WarpTile t = tiles.held();
+      const int column = t.column * kN + c * kChunk;
+      tma_store_4d(&p.dh, staging, column, kRaggedRows - t.rows, t.row + t.rows, 0);
+      tma_store_4d(&p.a_prime, staging + 2 * kPlaneBytes, column, kRaggedRows - t.rows, t.row + t.rows, 0);
+      bulk_commit();
+    }
+    left--;
+    loading = false;
+  }
+  DEV void finish() {
+    finish_ds();
+    if (lane_id() == 0) bulk_wait<0>();
+  }
+
+ private:
+  DEV void finish_ds() {
+    const WarpTile t = tiles.held();
+    const int lane = lane_id();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      ds[h] += __shfl_xor_sync(~0u, ds[h], 1);
+      ds[h] += __shfl_xor_sync(~0u, ds[h], 2);
+      if (lane % 4 == 0 && lane / 4 + 8 * h < t.rows) p.ds[static_cast<size_t>(t.column) * p.R_cap + t.row + lane / 4 + 8 * h] = ds[h];
+    }
+  }
+};
 
 // dS += <dO, b2>, into the first partial. One warp a row; only layers with an output bias run it.
 __global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, const int* token,
@@ -337,42 +194,43 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   if (s.R_cap == 0) return;
   const uint64_t d = s.d, n = s.n, R = s.R_cap, E = s.E, planes = s.planes(), pitch = 2 * planes * n;
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
-  DownProjBwdParams p{};
-  p.w2 = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, 64, 1}, 128);
-  p.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 2 * kChunk);
-  p.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n},
-                          {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
-  p.a_prime = ragged_store_map(a.a_prime, R, 1, n, kChunk);
   const int64_t columns = ds_parts(s);
-  const int clusters = static_cast<int>(std::min(int64_t{num_sms() / 2}, columns * work_capacity(s.R_cap, s.E, kTileRows)));
-  p.step = WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
-  p.d_o = static_cast<const bf16*>(a.d_o);
-  p.token = a.routing.token;
-  p.score = static_cast<const float*>(a.routing.score);
-  p.ds = static_cast<float*>(a.ds_parts);
-  p.d = static_cast<int>(d);
-  p.n = static_cast<int>(n);
-  p.R_cap = static_cast<int>(R);
-  p.alpha = s.act.alpha;
-  p.limit = s.act.limit;
   dispatch_activation(s.act.kind, [&](auto tag) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
-    auto launch = [&](auto clamped, auto split) {
-      using Chosen = decltype(split);
-      launch_kernel(down_proj_bwd_kernel<kKind, decltype(clamped)::value, Chosen>, 2 * clusters, Chosen::kSmem, stream, p);
+    auto launch = [&](auto clamped) {
+      using Epilogue = ActivationGradEpilogue<kKind, decltype(clamped)::value>;
+      using Schedule = Held<kN, 4>;
+      GroupedGemmParams<GatherRows, Epilogue, WeightPanels> p{};
+      int clusters = 0;
+      p.step = pair_step(work, s.R_cap, s.E, columns, num_sms(), clusters);
+      p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
+      p.rows = {static_cast<const uint4*>(a.d_o), a.routing.token, static_cast<int>(s.d / 8)};
+      p.weights.plane[0] = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, kBlockK, 1}, 128);
+      p.weights.blocks = p.k_blocks;
+      constexpr uint32_t kChunk = Epilogue::kChunk;
+      auto& e = p.epilogue;
+      e.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 2 * kChunk);
+      e.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n},
+                              {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
+      e.a_prime = ragged_store_map(a.a_prime, R, 1, n, kChunk);
+      e.score = static_cast<const float*>(a.routing.score);
+      e.ds = static_cast<float*>(a.ds_parts);
+      e.n = static_cast<int>(n);
+      e.R_cap = static_cast<int>(R);
+      e.alpha = s.act.alpha;
+      e.limit = s.act.limit;
+      launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue, WeightPanels>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
     };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
-      if (s.act.limit > 0) return launch(std::true_type(), LongMainloop());
+      if (s.act.limit > 0) return launch(std::true_type());
     }
-    if constexpr (kKind == ActivationKind::SwiGLU) {
-      if (short_mainloop(s)) return launch(std::false_type(), ShortMainloop());
-    }
-    launch(std::false_type(), LongMainloop());
+    launch(std::false_type());
   });
   if (a.b2.base) {
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E, kTileRows)));
-    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, p.d_o, p.token, static_cast<const bf16*>(a.b2.base), a.b2.stride,
-                                                           a.b2.expert_stride, p.d, p.ds);
+    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), a.routing.token,
+                                                           static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d),
+                                                           static_cast<float*>(a.ds_parts));
     MACHMOE_CUDA_CALL(cudaGetLastError());
   }
 }

@@ -5,10 +5,10 @@ namespace machmoe::cuda::hopper {
 
 void up_proj_gated(const UpProjArgs& a, Stream stream) {
   switch (a.shape.act.kind) {
-    case ActivationKind::SwiGLU: return up_proj_general<ActivationKind::SwiGLU>(a, stream);
-    case ActivationKind::SwiGLUOai: return up_proj_general<ActivationKind::SwiGLUOai>(a, stream);
-    case ActivationKind::GeGLU: return up_proj_general<ActivationKind::GeGLU>(a, stream);
-    default: return up_proj_general<ActivationKind::ReGLU>(a, stream);
+    case ActivationKind::SwiGLU: return launch_up_proj<ActivationKind::SwiGLU, true>(a, stream);
+    case ActivationKind::SwiGLUOai: return launch_up_proj<ActivationKind::SwiGLUOai, true>(a, stream);
+    case ActivationKind::GeGLU: return launch_up_proj<ActivationKind::GeGLU, true>(a, stream);
+    default: return launch_up_proj<ActivationKind::ReGLU, true>(a, stream);
   }
 }
 

@@ -5,11 +5,11 @@ namespace machmoe::cuda::hopper {
 
 void up_proj_plain(const UpProjArgs& a, Stream stream) {
   switch (a.shape.act.kind) {
-    case ActivationKind::ReLU2: return up_proj_general<ActivationKind::ReLU2>(a, stream);
-    case ActivationKind::ReLU: return up_proj_general<ActivationKind::ReLU>(a, stream);
-    case ActivationKind::GELU: return up_proj_general<ActivationKind::GELU>(a, stream);
-    case ActivationKind::GELUErf: return up_proj_general<ActivationKind::GELUErf>(a, stream);
-    default: return up_proj_general<ActivationKind::SiLU>(a, stream);
+    case ActivationKind::ReLU2: return launch_up_proj<ActivationKind::ReLU2, true>(a, stream);
+    case ActivationKind::ReLU: return launch_up_proj<ActivationKind::ReLU, true>(a, stream);
+    case ActivationKind::GELU: return launch_up_proj<ActivationKind::GELU, true>(a, stream);
+    case ActivationKind::GELUErf: return launch_up_proj<ActivationKind::GELUErf, true>(a, stream);
+    default: return launch_up_proj<ActivationKind::SiLU, true>(a, stream);
   }
 }
 

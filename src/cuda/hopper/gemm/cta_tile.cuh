@@ -9,6 +9,7 @@ namespace machmoe::cuda::hopper {
 // As the consumers see it. row == row_end: no rows.
 struct CtaTile {
   int expert, row, row_end, column;
+  bool more;  // the consumer has another tile after this one
   DEV int rows() const { return min(row_end - row, kTileRows); }
 };
 
@@ -34,7 +35,7 @@ struct ClusterTile {
   DEV bool valid() const { return present >= 0; }
   DEV bool shared() const { return work.x == other; }  // both CTAs multiply by the same weights
   DEV int rows() const { return present > 0 ? min(work.z - work.y, kTileRows) : 0; }
-  DEV CtaTile posted() const { return {work.x, present > 0 ? work.y : work.z, work.z, column}; }
+  DEV CtaTile posted(bool more) const { return {work.x, present > 0 ? work.y : work.z, work.z, column, more}; }
 };
 
 // Clusters of the persistent grid: at most one per pair of tiles and column of the largest routing.

@@ -1,15 +1,16 @@
 // Y = accumulators; kScaled (rows that were dispatched elsewhere): Y = s (accumulators + b2).
 #pragma once
-#include "cuda/hopper/gemm/cta_tile.cuh"
+#include "cuda/hopper/gemm/held_tiles.cuh"
 #include "cuda/hopper/gemm/row_store.cuh"
 
 namespace machmoe::cuda::hopper {
 
-template <int kColumns, int kBox_, int kBuffers, bool kScaled>
+template <int kColumns, bool kScaled>
 struct StoreEpilogue {
   static constexpr bool kNarrow = true;
-  static constexpr int kBox = kBox_;
-  using Store = RowStore<kBox, kBuffers>;
+  static constexpr int kBox = 64, kChunks = kColumns / kBox;
+  using Out = RowStore<kBox, 2>;
+  static constexpr int kStagingBytes = Out::kBytes, kNoteBytes = HeldTiles::kBytes;
 
   struct Params {
     CUtensorMap y;  // ragged_store_map of [R_cap, 1, d]
@@ -18,33 +19,41 @@ struct StoreEpilogue {
     ConstBias b2;
   };
   const Params& p;
-  Store out;
+  Out out;
+  HeldTiles tiles;
 
-  DEV StoreEpilogue(const Params& params, uint32_t staging, int lane) : p(params), out{staging, lane} {}
+  DEV StoreEpilogue(const Params& params, uint32_t staging, uint32_t notes) : p(params), out{staging}, tiles(notes) {}
   DEV int columns(const CtaTile& t) const { return p.d - t.column * kColumns; }
+  DEV void begin(const CtaTile& t, int row) const { tiles.begin(t, row); }
+  DEV void refill() const {}
   DEV void finish() const { out.finish(); }
 
-  DEV void store(float (&acc)[kColumns / 2], const CtaTile& t, int row) {
-    const int column0 = t.column * kColumns, rows = t.row_end - row;
-    float low = 1.f, high = 1.f;
-    if (kScaled && p.score) {
-      low = __ldg(p.score + min(row + out.lane / 4, t.row_end - 1));
-      high = __ldg(p.score + min(row + out.lane / 4 + 8, t.row_end - 1));
-    }
+  // Whether another tile follows.
+  DEV bool complete(float (&acc)[kColumns / 2]) {
+    const WarpTile t = tiles.complete();
+    if (!kScaled || t.rows <= 0) return t.more;
+    const int lane = lane_id();
+    float score[2] = {1.f, 1.f};
+    if (p.score)
+      for (int h = 0; h < 2; h++) score[h] = __ldg(p.score + t.row + min(lane / 4 + 8 * h, t.rows - 1));
 #pragma unroll
-    for (int c = 0; c < kColumns / kBox; c++) {
-      const int column = column0 + c * kBox;
-      if (column >= p.d) break;
-      out.acquire();
-      const float* f = acc + c * (kBox / 2);
-      out.put([&](int i) {
-        if constexpr (!kScaled) return make_uint2(pack(f[i], f[i + 1]), pack(f[i + 2], f[i + 3]));
-        const int at = column + 2 * i + 2 * (out.lane % 4);
-        const float b0 = p.b2.base ? bias_at(p.b2, t.expert, at, p.d) : 0.f, b1 = p.b2.base ? bias_at(p.b2, t.expert, at + 1, p.d) : 0.f;
-        return make_uint2(pack(low * (f[i] + b0), low * (f[i + 1] + b1)), pack(high * (f[i + 2] + b0), high * (f[i + 3] + b1)));
-      });
-      out.publish(&p.y, column, row, rows, 0);
-    }
+    for (int i = 0; i < kColumns / 2; i += 4)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float b = p.b2.base ? bias_at(p.b2, t.expert, t.column * kColumns + 2 * i + 2 * (lane % 4) + e, p.d) : 0.f;
+        acc[i + e] = score[0] * (acc[i + e] + b);
+        acc[i + 2 + e] = score[1] * (acc[i + 2 + e] + b);
+      }
+    return t.more;
+  }
+
+  DEV void chunk(int c, const uint32_t (&y)[kColumns / 4]) {
+    const WarpTile t = tiles.held();
+    const int column = t.column * kColumns + c * kBox;
+    if (t.rows <= 0 || column >= p.d) return;
+    out.acquire();
+    out.put([&](int i) { return make_uint2(y[c * (kBox / 4) + i], y[c * (kBox / 4) + i + 1]); });
+    out.publish(&p.y, column, t.row, t.rows, 0);
   }
 };
 

@@ -21,48 +21,50 @@ struct UnusedRows {
   }
 };
 
-template <class Loader, class Epilogue>
+template <class Loader, class Epilogue, class Weights = WeightTiles>
 struct GroupedGemmParams {
   WalkStep step;
-  WeightTiles weights;
+  Weights weights;
   typename Loader::Params rows;
   typename Epilogue::Params epilogue;
   UnusedRows unused;
   int k_blocks;
 };
 
+// Shared memory: the ring's stages, what each consumer warp stages for the copy engine, what it notes, the ring's control.
 template <class Schedule, class Epilogue>
-constexpr int grouped_gemm_smem() {
+struct SharedLayout {
   using R = typename Schedule::R;
-  constexpr int kBytes = R::kBytes + 8 * Epilogue::Store::kWarpBytes + R::kControlBytes;
+  static constexpr int kStaging = R::kBytes, kNotes = kStaging + 8 * Epilogue::kStagingBytes, kControl = kNotes + 8 * Epilogue::kNoteBytes,
+                       kBytes = kControl + R::kControlBytes;
   static_assert(kBytes <= kMaxSharedBytes);
-  return kBytes;
-}
+};
 
-template <class Schedule, class Loader, class Epilogue>
+template <class Schedule, class Loader, class Epilogue, class Weights = WeightTiles>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
-    grouped_gemm(const __grid_constant__ GroupedGemmParams<Loader, Epilogue> p) {
+    grouped_gemm(const __grid_constant__ GroupedGemmParams<Loader, Epilogue, Weights> p) {
   using R = typename Schedule::R;
   extern __shared__ __align__(1024) uint8_t smem[];
-  const uint32_t stages = smem_u32(smem), staging = stages + R::kBytes;
-  const R ring{stages, staging + 8 * Epilogue::Store::kWarpBytes};
-  const int warpgroup = threadIdx.x / 128, tid = threadIdx.x % 128, rank = cluster_ctarank();
+  using Layout = SharedLayout<Schedule, Epilogue>;
+  const uint32_t stages = smem_u32(smem);
+  const R ring{stages, stages + Layout::kControl};
+  const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128), tid = static_cast<int>(threadIdx.x) % 128, rank = cluster_ctarank();
 
-  if (threadIdx.x == 0) ring.init(Loader::kArrivals, Schedule::kConsumerWarps);
+  if (threadIdx.x == 0) ring.init(Loader::kArrivals, 8);
   cluster_sync();
   const int tiles = __ldg(p.step.entries);
   TileWalk first(p.step, blockIdx.x / 2);
 
   if (warpgroup == 0) {
     reg_dec<Loader::kRegisters>();
-    Loader::template produce<R, Schedule::kStride>(p.rows, p.weights, ring, {p.step, first, tiles, rank}, tid, p.k_blocks);
+    Loader::template produce<R>(p.rows, p.weights, ring, {p.step, first, tiles, rank}, tid, p.k_blocks);
     if (p.unused.data && tid >= 32) p.unused.zero(blockIdx.x * 96 + tid - 32, gridDim.x * 96);
   } else {
     reg_inc<Loader::kConsumerRegisters>();
-    const int w = warpgroup - 1, warp = tid / 32, lane = tid % 32;
-    Epilogue epilogue(p.epilogue, staging + (w * 4 + warp) * Epilogue::Store::kWarpBytes, lane);
-    if (Schedule::kStride == 2 && w == 1) first.advance(p.step);
-    Schedule::template consume<Epilogue, Loader::kProxyFence>(ring, epilogue, !ended(first, tiles), w, warp, lane, p.k_blocks);
+    const int w = warpgroup - 1, warp = uniform(tid / 32);
+    const int slot = w * 4 + warp;
+    Epilogue epilogue(p.epilogue, stages + Layout::kStaging + slot * Epilogue::kStagingBytes, stages + Layout::kNotes + slot * Epilogue::kNoteBytes);
+    Schedule::template consume<Epilogue, Loader::kProxyFence, Weights::kPanels>(ring, epilogue, !ended(first, tiles), w, warp, p.k_blocks);
     epilogue.finish();
   }
   cluster_sync();  // no CTA leaves while its peer may still arrive here

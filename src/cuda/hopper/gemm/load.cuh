@@ -7,6 +7,7 @@ namespace machmoe::cuda::hopper {
 // B is two halves of kColumns / 2 weight rows: gate and up, or the first and the second half of the same rows. In a cluster on one expert
 // CTA r fetches half r and multicasts it.
 struct WeightTiles {
+  static constexpr bool kPanels = false;
   CUtensorMap half[2];  // {K, rows, E}, box {64, kColumns / 2, 1}; rows past the end are zero
   int step, second;     // rows from one column tile to the next; first row of half 1 within a tile
 
@@ -23,6 +24,32 @@ struct WeightTiles {
   }
 };
 
+// B as MN-major panels [64 of K][64 columns]. In a cluster on one expert CTA r fetches half r of the panels and multicasts it.
+// The reduction runs through `blocks` blocks of one plane, then of the next.
+struct WeightPanels {
+  static constexpr bool kPanels = true;
+  CUtensorMap plane[2];  // {columns, K, E}, box {64, 64, 1}; outside is zero
+  int blocks;
+
+  template <class R>
+  DEV void load(const R& ring, int s, int k, const ClusterTile& t, int rank) const {
+    constexpr int kPanels = R::kColumns / 64, kHalf = kPanels / 2;
+    const bool second = k >= blocks, shared = t.shared();
+    const CUtensorMap* map = &plane[second];
+    const int column = t.column * R::kColumns, row = (k - (second ? blocks : 0)) * kBlockK;
+    if (shared) {
+#pragma unroll
+      for (int i = 0; i < kHalf; i++) {
+        const int j = rank * kHalf + i;
+        tma_load_3d_mc(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.work.x, 3);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kPanels; j++) tma_load_3d(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.work.x);
+    }
+  }
+};
+
 // Where a producer stands in the list: `at` is the next tile.
 struct Walker {
   const WalkStep& step;
@@ -30,13 +57,6 @@ struct Walker {
   int tiles, rank;
 
   DEV ClusterTile tile() const { return {at, step, tiles, rank}; }
-  // A tile follows the next one at a distance of kStride - 1.
-  template <int kStride>
-  DEV bool ahead() const {
-    TileWalk later = at;
-    for (int i = 1; i < kStride; i++) later.advance(step);
-    return !ended(later, tiles);
-  }
 };
 
 // Rows gathered by token, by cp.async of all 128 producer threads: 16-byte chunk tid % 8 of the rows tid / 8 + 16 i.
@@ -47,48 +67,49 @@ struct GatherRows {
     int chunks;
   };
   static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
-  static constexpr int kRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
-  template <class R, int kStride>
-  DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  template <class R, class Weights>
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {
     constexpr int kRows = kTileRows / 16;
+    const int lane = tid % 32;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    uint32_t source[kRows];  // rows of x; past the expert's end its last row, which the store clips
+    // Lane l holds the source of row 4 warp + l % 4 + 16 (l / 4), in rows of x; past the expert's end its last row, which the store clips.
+    uint32_t source = 0;
     auto find = [&](const ClusterTile& t) {
       if (t.rows() <= 0) return;
-#pragma unroll
-      for (int i = 0; i < kRows; i++) {
-        const int row = min(t.work.y + tid / 8 + 16 * i, t.work.z - 1);
-        source[i] = p.token ? __ldg(p.token + row) : row;
-      }
+      const int row = min(t.work.y + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.work.z - 1);
+      source = p.token ? __ldg(p.token + row) : row;
     };
     Slot<R> slot;
-    ClusterTile next = walk.tile();
+    ClusterTile next = walk.tile();  // tiles are read two ahead and their rows one ahead, so that nothing here waits for a load
     find(next);
+    walk.at.advance(walk.step);
+    ClusterTile after = walk.tile();
     while (next.valid()) {
       const ClusterTile t = next;
-      uint32_t src[kRows];  // 16-byte chunks from x
-#pragma unroll
-      for (int i = 0; i < kRows; i++) src[i] = source[i] * p.chunks + tid % 8;
+      const uint32_t chunk0 = source * p.chunks;
+      next = after;
+      find(next);
       walk.at.advance(walk.step);
-      next = walk.tile();
-      find(next);  // lands during this tile
+      after = walk.tile();
       const bool low = t.rows() > 0, high = t.rows() > 64;
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
         if (tid == 0) {
-          if (k == 0) ring.post(slot.stage, t.posted(), walk.ahead<kStride>());
+          if (k == 0) ring.post(slot.stage, t.posted(next.valid()));
           mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes);
           weights.load(ring, slot.stage, k, t, walk.rank);
         }
+        __syncwarp();
         const uint32_t dst = dst0 + slot.stage * R::kABytes;
-        const uint4* x = p.x + k * 8;
+        const uint4* x = p.x + k * 8 + tid % 8;
         const int bytes = k * 8 + tid % 8 < p.chunks ? 16 : 0;  // columns past the row are zero
 #pragma unroll
         for (int i = 0; i < kRows; i++)
-          if (i < kRows / 2 ? low : high) cp_async16_zfill(dst + i * 2048, x + src[i], bytes);
+          if (i < kRows / 2 ? low : high) cp_async16_zfill(dst + i * 2048, x + __shfl_sync(~0u, chunk0, i * 4 + lane / 8), bytes);
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         slot.advance();
       }
@@ -99,14 +120,15 @@ struct GatherRows {
 // Contiguous rows by tensor copies of one thread. Rows past the tile's end belong to the next expert: they are computed and clipped by the store.
 struct TmaRows {
   struct Params {
-    CUtensorMap map;
-  };  // {K, R_cap}, box {64, 128}
+    CUtensorMap map;  // {K, R_cap, planes}, box {64, 128, 1}
+    int blocks;       // of a plane: the reduction runs through one plane, then the next
+  };
   static constexpr int kArrivals = 1;
   static constexpr int kRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kProxyFence = false;
 
-  template <class R, int kStride>
-  DEV static void produce(const Params& p, const WeightTiles& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  template <class R, class Weights>
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {
     if (tid != 0) return;
     Slot<R> slot;
     ClusterTile next = walk.tile();
@@ -118,10 +140,11 @@ struct TmaRows {
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
-        if (k == 0) ring.post(slot.stage, t.posted(), walk.ahead<kStride>());
+        if (k == 0) ring.post(slot.stage, t.posted(next.valid()));
         mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes + (any ? R::kABytes : 0));
         weights.load(ring, slot.stage, k, t, walk.rank);
-        if (any) tma_load_2d(ring.a(slot.stage), &p.map, ring.full(slot.stage), k * kBlockK, t.work.y);
+        const bool second = k >= p.blocks;
+        if (any) tma_load_3d(ring.a(slot.stage), &p.map, ring.full(slot.stage), (k - (second ? p.blocks : 0)) * kBlockK, t.work.y, second);
         slot.advance();
       }
     }

@@ -8,8 +8,9 @@
 
 namespace machmoe::cuda::hopper {
 
-constexpr int kBlockK = 64;              // of a stage: one row of the swizzle, 128 bytes
-constexpr int kMaxSharedBytes = 232448;  // of a CTA on sm_90
+constexpr int kBlockK = 64;                    // of a stage: one row of the swizzle, 128 bytes
+constexpr int kPanelBytes = 64 * kBlockK * 2;  // of an MN-major panel: kBlockK rows of 64 columns
+constexpr int kMaxSharedBytes = 232448;        // of a CTA on sm_90
 
 template <int kColumns_, int kStages_>
 struct Ring {
@@ -32,15 +33,14 @@ struct Ring {
     }
     mbar_init_fence();
   }
-  // more: this consumer has another tile after t.
-  DEV void post(int s, const CtaTile& t, bool more) const { store_shared(tile(s), {t.expert << 1 | more, t.row, t.row_end, t.column}); }
-  DEV CtaTile posted(int s, bool& more) const {
+  DEV void post(int s, const CtaTile& t) const { store_shared(tile(s), {t.expert << 1 | t.more, t.row, t.row_end, t.column}); }
+  DEV CtaTile posted(int s) const {
     const int4 t = load_shared(tile(s));
-    more = t.x & 1;
-    return {t.x >> 1, t.y, t.z, t.w};
+    return {t.x >> 1, t.y, t.z, t.w, (t.x & 1) != 0};
   }
   // By every lane of a consumer warp: done with the stage, told to both CTAs.
-  DEV void release(int s, int lane) const {
+  DEV void release(int s) const {
+    const int lane = lane_id();
     if (lane < 2) mbar_arrive_remote(empty(s), lane);
   }
 };
@@ -56,11 +56,7 @@ struct Slot {
       phase ^= 1;
     }
   }
-  DEV void skip(int uses) {
-    stage += uses;
-    phase ^= stage / R::kStages & 1;
-    stage %= R::kStages;
-  }
+  DEV int previous() const { return (stage == 0 ? R::kStages : stage) - 1; }
 };
 
 }  // namespace machmoe::cuda::hopper

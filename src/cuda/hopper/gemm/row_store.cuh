@@ -9,30 +9,25 @@ namespace machmoe::cuda::hopper {
 
 template <int kBox, int kBuffers>
 struct RowStore {
-  static constexpr int kBufferBytes = kRaggedRows * kBox * 2, kWarpBytes = kBuffers * kBufferBytes;
+  static constexpr int kBufferBytes = kRaggedRows * kBox * 2, kBytes = kBuffers * kBufferBytes;
 
   uint32_t base;  // shared memory of this warp
-  int lane, buffer = 0;
+  int buffer = 0;
 
   // The next buffer, once its last store has been read.
   DEV void acquire() const {
-    if (lane == 0) bulk_wait_read<kBuffers - 1>();
+    if (lane_id() == 0) bulk_wait_read<kBuffers - 1>();
     __syncwarp();
   }
-  // Fills the buffer. value(i) = what becomes of accumulators i .. i + 3 of the box, a block of 8 columns: packed pairs of the low and the high row.
+  // Fills the buffer. pairs(i) = held pairs i and i + 1 of the box, a block of 8 columns: of the low and of the high row.
   template <class F>
-  DEV void put(F&& value) const {
+  DEV void put(F&& pairs) const {
     const uint32_t box = base + buffer * kBufferBytes;
+    const int lane = lane_id();
 #pragma unroll
     for (int j = 0; j < kBox / 8; j += 2) {
-      const uint32_t at = box + matrix_offset<kBox>(lane, j);
-      const uint2 first = value(4 * j);
-      if (j + 1 < kBox / 8) {
-        const uint2 second = value(4 * j + 4);
-        stmatrix_x4(at, first.x, first.y, second.x, second.y);
-      } else {
-        stmatrix_x2(at, first.x, first.y);
-      }
+      const uint2 first = pairs(2 * j), second = pairs(2 * j + 2);
+      stmatrix_x4(box + matrix_offset<kBox>(lane, j), first.x, first.y, second.x, second.y);
     }
   }
   // The first min(rows, 16) rows of the box to rows row .. of a ragged_store_map.
@@ -40,14 +35,14 @@ struct RowStore {
     const int v = min(rows, kRaggedRows);
     fence_proxy_async();
     __syncwarp();
-    if (lane == 0) {
+    if (lane_id() == 0) {
       tma_store_4d(map, base + buffer * kBufferBytes, column, kRaggedRows - v, row + v, plane);
       bulk_commit();
     }
     buffer = buffer + 1 == kBuffers ? 0 : buffer + 1;
   }
   DEV void finish() const {
-    if (lane == 0) bulk_wait<0>();
+    if (lane_id() == 0) bulk_wait<0>();
   }
 };
 

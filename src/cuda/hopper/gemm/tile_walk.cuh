@@ -41,41 +41,4 @@ struct TileWalk {
   }
 };
 
-// Rows row .. row_end - 1 of an expert and a column tile. expert < 0: past the end of the list.
-struct OutputTile {
-  int expert, row, row_end, column;
-  DEV bool valid() const { return expert >= 0; }
-};
-DEV OutputTile tile_at(const TileWalk& at, const WalkStep& s, int entries) {
-  if (at.entry >= entries) return {-1, 0, 0, 0};
-  const int4 t = __ldg(reinterpret_cast<const int4*>(s.work) + at.entry);
-  return {t.x, t.y, t.z, at.rotated(s)};
-}
-
-// Tiles 2 i and 2 i + 1 of the work list for the two CTAs of a cluster, an entry of the walk being such a pair. Mostly both belong to one expert and
-// share its weights; where an expert ends in between each CTA loads its own, so that none computes rows that do not exist.
-// Loaded one tile ahead: construction touches no loaded value, else the producer would wait for it there and the ring run dry.
-struct PairedTile {
-  int4 work{};    // expert, row, row_end
-  int other = 0;  // expert of the other CTA
-  int column = 0;
-  bool ended = true;    // past the end of the list
-  bool absent = false;  // the list ended between the CTAs: no rows for this one, it only carries its share of the weights
-
-  PairedTile() = default;
-  DEV PairedTile(const TileWalk& at, const WalkStep& s, int tiles, int rank) {
-    const int index = 2 * at.entry + rank, last = tiles - 1;
-    ended = 2 * at.entry > last;
-    if (ended) return;
-    absent = index > last;
-    work = __ldg(reinterpret_cast<const int4*>(s.work) + min(index, last));
-    other = __ldg(&s.work[min(index ^ 1, last)].expert);
-    column = at.rotated(s);
-  }
-  DEV int expert() const { return work.x; }
-  DEV int row() const { return work.y; }
-  DEV int row_end() const { return work.z; }
-  DEV bool shared() const { return work.x == other; }
-};
-
 }  // namespace machmoe::cuda::hopper

@@ -1,4 +1,4 @@
-// The launch of the A kernel for a schedule and an activation.
+// The launch of the A kernel for an activation.
 #pragma once
 #include "cuda/hopper/gemm/epilogue_activation.cuh"
 #include "cuda/hopper/gemm/grouped_gemm.cuh"
@@ -6,9 +6,11 @@
 
 namespace machmoe::cuda::hopper {
 
-template <class Schedule, class Epilogue>
+template <ActivationKind K, bool kGeneral>
 void launch_up_proj(const UpProjArgs& a, Stream stream) {
+  using Schedule = Held<256, 4>;
   using R = typename Schedule::R;
+  using Epilogue = ActivationEpilogue<R::kColumns, K, kGeneral>;
   const Shape& s = a.shape;
   const uint64_t d = s.d, n = s.n, E = s.E;
   const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
@@ -26,20 +28,14 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   auto& e = p.epilogue;
   e.store_h = a.h != nullptr;
   e.store_a = a.a != nullptr;
-  constexpr int kBox = Epilogue::Store::kBufferBytes / (2 * kRaggedRows);
-  if (e.store_h) e.h = ragged_store_map(a.h, s.R_cap, s.planes(), n, kBox);
-  if (e.store_a) e.a = ragged_store_map(a.a, s.R_cap, 1, n, kBox);
+  if (e.store_h) e.h = ragged_store_map(a.h, s.R_cap, s.planes(), n, Epilogue::kBox);
+  if (e.store_a) e.a = ragged_store_map(a.a, s.R_cap, 1, n, Epilogue::kBox);
   e.b_gate = a.b1_gate;
   e.b_up = a.b1_up;
   e.n = static_cast<int>(n);
   e.alpha = s.act.alpha;
   e.limit = s.act.limit;
-  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, grouped_gemm_smem<Schedule, Epilogue>(), stream, p);
-}
-
-template <ActivationKind K>
-void up_proj_general(const UpProjArgs& a, Stream stream) {
-  launch_up_proj<Cooperative<256, 4>, ActivationEpilogue<256, 64, 2, K, true>>(a, stream);
+  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 
 // Each in a file of its own, so that they compile side by side.

@@ -8,6 +8,16 @@ namespace machmoe::cuda::hopper {
 DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEV void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// The same value in every lane, and known to be: it goes to a uniform register.
+DEV int uniform(int v) { return __shfl_sync(~0u, v, 0); }
+// The same for a condition that holds in every lane or in none: what follows from it goes to uniform registers.
+DEV bool uniform(bool v) { return __any_sync(~0u, v); }
+// Read where it is used: no register keeps it.
+DEV int lane_id() {
+  int l;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(l));
+  return l;
+}
 // Registers per thread of this warpgroup from now on.
 template <int N>
 DEV void reg_dec() {

@@ -10,7 +10,13 @@ DEV uint32_t pack(float a, float b) {
   const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&h);
 }
-DEV float2 unpack(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
+DEV float2 unpack(uint32_t v) { return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)}; }
+// The same where it is written: moved out of a loop, the unpacked pairs would need twice the registers.
+DEV float2 unpack_here(uint32_t v) {
+  float2 f;
+  asm volatile("{\n.reg .b32 t;\nshl.b32 t, %2, 16;\nmov.b32 %0, t;\nand.b32 t, %2, 0xFFFF0000;\nmov.b32 %1, t;\n}" : "=f"(f.x), "=f"(f.y) : "r"(v));
+  return f;
+}
 
 // stmatrix_x4 and ldmatrix_x4 of column blocks j and j + 1 (8 columns each) of 16 rows: matrices (rows low, j), (high, j), (low, j + 1), (high, j + 1).
 // Byte offset of the row that this lane addresses, in a box of kColumns bf16 columns.
