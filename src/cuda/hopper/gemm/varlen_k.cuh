@@ -3,7 +3,8 @@
 // A tile is 128 gathered columns (the M side of wgmma) x 4 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
 // Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
 //   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
-//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store, beside the next tile's first blocks
+//   warpgroups 1, 2  64 x 256 accumulators each, 16 rows a step up to the expert's last row, then a plain (dW2) or a transposed (dW1) store, beside
+//                    the next tile's first blocks
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -185,10 +186,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         for (int i = 0; i < 4; i++)
           src[i] = reinterpret_cast<const uint8_t*>(p.gathered) +
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
+        const int row = rows.begin + k * 64, v = min(64, rows.end - row);
         mbar_wait(empty(s), phase ^ 1);
         if (tid == 0) {
           mbar_arrive_expect_tx(full(s), valid * C::kPanelBytes);
-          const int row = rows.begin + k * 64, v = min(64, rows.end - row);
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             const int j = 2 * rank + i, panel = panel0 + j, plane = panel >= p.panels_per_plane;
@@ -199,8 +200,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
+          if (16 * i < v)  // later rows belong to steps that are not multiplied
 #pragma unroll
-          for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
+            for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
         cp_async_mbar_arrive_noinc(full(s));
         if (++s == C::kStages) {
           s = 0;
@@ -261,14 +263,22 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       const int blocks = rows.blocks();
       int previous = -1;
       for (int k = 0; k < blocks; k++) {
+        const int left = rows.end - rows.begin - k * 64;  // rows
         mbar_wait(full(s), phase);
         fence_proxy_async();
-        wgmma_fence();
         const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
         const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
+        // One straight line a group: a branch between two wgmma of a group would fence each of them.
+        auto multiply = [&](auto steps) {
+          wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
-        wgmma_commit();
+          for (int kk = 0; kk < steps; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
+          wgmma_commit();
+        };
+        if (left > 48) multiply(std::integral_constant<int, 4>());
+        else if (left > 32) multiply(std::integral_constant<int, 3>());
+        else if (left > 16) multiply(std::integral_constant<int, 2>());
+        else multiply(std::integral_constant<int, 1>());
         if constexpr (kHeld) {
           if (k == 0) store(held, 0, packed);
           if (k == 1) store(held, 2, packed + kHalf);
