@@ -125,7 +125,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
   const uint32_t s_staging = s_contiguous + C::kStages * C::kContiguousBytes, bars = s_staging + C::kStaging;
   auto full = [&](int s) { return bars + 8 * s; };
   auto empty = [&](int s) { return bars + 8 * (C::kStages + s); };
-  const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
+  // The warpgroup by a shuffle: uniform to the compiler, so that what hangs on it lives in uniform registers; it does not fit beside the tiles else.
+  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
   auto rows_of = [&](int expert) {
     const int e = min(expert, p.experts - 1);
     return RowRange{__ldg(p.offsets + e), __ldg(p.offsets + e + 1)};
@@ -167,9 +168,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
-      uint32_t offset[2];  // bytes in a row; columns past the matrix read column 0, the store clips them
-#pragma unroll
-      for (int j = 0; j < 2; j++) offset[j] = (col0 + j * 64 < p.d ? col0 + j * 64 : 0) * 2;
+      // Rows to copy of a block at most: rows of steps that are not multiplied stay as they are, and so do columns past the matrix, which are not stored.
+      const int inside[2] = {col0 < p.d ? 64 : 0, col0 + 64 < p.d ? 64 : 0};
       const int panel0 = at.column * 4, valid = min(4, p.panels - panel0);
       if (blocks == 0) fetch(next_rows, 0);
       for (int k = 0; k < blocks; k++) {
@@ -184,7 +184,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         const uint8_t* src[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          src[i] = reinterpret_cast<const uint8_t*>(p.gathered) +
+          src[i] = reinterpret_cast<const uint8_t*>(p.gathered + col0) +
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
         const int row = rows.begin + k * 64, v = min(64, rows.end - row);
         mbar_wait(empty(s), phase ^ 1);
@@ -200,9 +200,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if (16 * i < v)  // later rows belong to steps that are not multiplied
 #pragma unroll
-            for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
+          for (int j = 0; j < 2; j++)
+            if (16 * i < min(v, inside[j])) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + j * 128);
         cp_async_mbar_arrive_noinc(full(s));
         if (++s == C::kStages) {
           s = 0;
@@ -261,6 +261,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks();
+      const bool any = (at.group * 2 + rank) * 128 + w * 64 < p.d;  // else this warpgroup only releases the stages
       int previous = -1;
       for (int k = 0; k < blocks; k++) {
         const int left = rows.end - rows.begin - k * 64;  // rows
@@ -275,10 +276,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
           for (int kk = 0; kk < steps; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
           wgmma_commit();
         };
-        if (left > 48) multiply(std::integral_constant<int, 4>());
-        else if (left > 32) multiply(std::integral_constant<int, 3>());
-        else if (left > 16) multiply(std::integral_constant<int, 2>());
-        else multiply(std::integral_constant<int, 1>());
+        auto multiply_rows = [&] {
+          if (left > 48) multiply(std::integral_constant<int, 4>());
+          else if (left > 32) multiply(std::integral_constant<int, 3>());
+          else if (left > 16) multiply(std::integral_constant<int, 2>());
+          else multiply(std::integral_constant<int, 1>());
+        };
+        if (any) multiply_rows();
         if constexpr (kHeld) {
           if (k == 0) store(held, 0, packed);
           if (k == 1) store(held, 2, packed + kHalf);
@@ -293,7 +297,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       }
       wgmma_wait<0>();
       if (previous >= 0) release(previous);
-      const bool written = blocks > 0 || !p.accumulate;
+      const bool written = any && (blocks > 0 || !p.accumulate);
       const OutputBlock block{at.expert, at.group, at.column * 4, written ? min(4, p.panels - at.column * 4) * 64 : 0};
       if constexpr (kHeld) {
         if (blocks < 1) store(held, 0, packed);
