@@ -464,10 +464,12 @@ std::vector<Case> cases() {
   }
   for (auto [d, n] : {std::pair{320, 192}, {72, 104}, {512, 256}})
     add({fmt::format("NaN neighbours d {} n {}", d, n), 600, d, n, 8, {128, 1, 127, 129, 0, 64, 300, 513}})->nan_neighbours = true;
-  {  // several tiles for every CTA: what an expert with NaN leaves in shared memory meets every tail
-    std::vector<int> counts(96);
+  {
+    std::vector<int> counts(96);  // several tiles for every CTA: what an expert with NaN leaves in shared memory meets every tail
     for (size_t e = 0; e < counts.size(); e++) counts[e] = kTails[(e + e / 16) % 16];
     add({"NaN neighbours, tails", 600, 320, 320, 96, counts})->nan_neighbours = true;
+    for (auto [d, n] : {std::pair{384, 704}, {448, 448}})  // wide and narrow tiles, warpgroups without columns
+      for (bool accumulate : {false, true}) add({fmt::format("tails d {} n {}", d, n), 600, d, n, 96, counts})->accumulate = accumulate;
   }
   add({"tails, few columns", 600, 72, 136, 16, kTails});
   {
