@@ -204,22 +204,18 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
         const int row = rows.begin + k * 64, v = min(64, rows.end - row);
         mbar_wait(empty(s), phase ^ 1);
-        if (tid == 0) {
-          mbar_arrive_expect_tx(full(s), panels.count * C::kPanelBytes);
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int j = 2 * rank + i, panel = panels.first + j, plane = panel >= p.panels_per_plane;
-            if (j < panels.count)
-              tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
-                             (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
-          }
-        }
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
           for (int j = 0; j < 2; j++)
             if (16 * i < min(v, inside[j])) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + j * 128);
         cp_async_mbar_arrive_noinc(full(s));
+        // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
+        if (tid == 0) mbar_arrive_expect_tx(full(s), panels.count * C::kPanelBytes);
+        const int j = 2 * rank + warp, panel = panels.first + j, plane = panel >= p.panels_per_plane;
+        if (lane == 0 && warp < 2 && j < panels.count)
+          tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
+                         (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
         if (++s == C::kStages) {
           s = 0;
           phase ^= 1;
