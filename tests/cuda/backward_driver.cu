@@ -429,6 +429,7 @@ void verify_dw(Problem& q, Verdict& verdict, bool first, size_t samples) {
 }
 
 const std::vector<int> kRagged = {0, 1, 127, 128, 129, 300, 64, 513};
+const std::vector<int> kTails = {1, 15, 16, 17, 0, 32, 33, 47, 48, 49, 63, 64, 65, 80, 113, 129};  // last blocks of 1 to 4 steps of 16 rows
 
 std::vector<Case> cases() {
   std::vector<Case> list;
@@ -463,6 +464,22 @@ std::vector<Case> cases() {
   }
   for (auto [d, n] : {std::pair{320, 192}, {72, 104}, {512, 256}})
     add({fmt::format("NaN neighbours d {} n {}", d, n), 600, d, n, 8, {128, 1, 127, 129, 0, 64, 300, 513}})->nan_neighbours = true;
+  {
+    std::vector<int> counts(96);  // several tiles for every CTA: what an expert with NaN leaves in shared memory meets every tail
+    for (size_t e = 0; e < counts.size(); e++) counts[e] = kTails[(e + e / 16) % 16];
+    add({"NaN neighbours, tails", 600, 320, 320, 96, counts})->nan_neighbours = true;
+    for (auto [d, n] : {std::pair{384, 704}, {448, 448}})  // wide and narrow tiles, warpgroups without columns
+      for (bool accumulate : {false, true}) add({fmt::format("tails d {} n {}", d, n), 600, d, n, 96, counts})->accumulate = accumulate;
+  }
+  add({"tails, few columns", 600, 72, 136, 16, kTails});
+  {
+    Case* c = add({"tails, accumulated", 600, 320, 576, 16, kTails});
+    c->accumulate = true;
+  }
+  {
+    Case* c = add({"tails, fp32", 600, 320, 576, 16, kTails});
+    c->out_dtype = DType::F32;
+  }
   {
     Case* c = add({"output bias", 600, 200, 584, 8, kRagged});
     c->bias = true;

@@ -1,9 +1,10 @@
 // The grouped GEMM of the weight gradients: the rows of an expert are the reduction.
 //   P_e = G_e^T C_e,  G = rows of X or dO gathered by token [T, d],  C = contiguous rows of dH or A' [R_cap, planes, n]
-// A tile is 128 gathered columns (the M side of wgmma) x 4 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
+// A tile is 128 gathered columns (the M side of wgmma) x 4 or 3 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
 // Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
 //   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
-//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store, beside the next tile's first blocks
+//   warpgroups 1, 2  64 x 256 accumulators each, 16 rows a step up to the expert's last row, then a plain (dW2) or a transposed (dW1) store, beside
+//                    the next tile's first blocks
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -70,20 +71,29 @@ struct VarlenKParams {
   const int* offsets;      // [E + 1]
   int experts, d;
   int panels_per_plane, panels;
-  int groups, columns;                       // an expert has groups (of 2 x 128 gathered columns) x columns (of 4 panels) tiles
-  int step_expert, step_group, step_column;  // the clusters of the grid, as digits (expert, group, column)
+  int groups, columns;                       // an expert has groups (of 2 x 128 gathered columns) x columns (of panels) tiles
+  int wide;                                  // columns before this one have 4 panels, the others 3 (the last one what is left)
+  int clusters;                              // of the grid
+  int step_expert, step_group, step_column;  // clusters + 1 as digits (expert, group, column)
   bool accumulate;
 };
 
-// The tiles of one cluster: item first, first + step, ... as digits, so that no loop divides. Columns are innermost: they share the gathered rows.
+// The tiles of one cluster as digits (expert, group, column), so that no loop divides. Columns are innermost: they share the gathered rows. Clusters
+// take the next items in turn, starting with another cluster every time: else narrow tiles would fall to the same clusters for ever.
 struct VarlenKWalk {
+  int turn;  // place of this cluster among the clusters
   int expert, group, column;
-  DEV VarlenKWalk(const VarlenKParams& p, int first)
-      : expert(first / (p.groups * p.columns)), group(first / p.columns % p.groups), column(first % p.columns) {}
+  DEV VarlenKWalk(const VarlenKParams& p, int cluster)
+      : turn(cluster), expert(cluster / (p.groups * p.columns)), group(cluster / p.columns % p.groups), column(cluster % p.columns) {}
   DEV void advance(const VarlenKParams& p) {
-    column += p.step_column;
-    group += p.step_group;
-    expert += p.step_expert;
+    if (++turn < p.clusters) {
+      column += p.step_column;
+      group += p.step_group;
+      expert += p.step_expert;
+    } else {
+      turn = 0;
+      column++;
+    }
     if (column >= p.columns) {
       column -= p.columns;
       group++;
@@ -93,6 +103,13 @@ struct VarlenKWalk {
       expert++;
     }
   }
+};
+
+// The panels of a column.
+struct PanelRange {
+  int first, count;
+  DEV PanelRange(const VarlenKParams& p, int column)
+      : first(column * 4 - max(0, column - p.wide)), count(min(column < p.wide ? 4 : 3, p.panels - first)) {}
 };
 
 // What a tile writes: columns of its panels from `panel` on; 0: nothing.
@@ -124,7 +141,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
   const uint32_t s_staging = s_contiguous + C::kStages * C::kContiguousBytes, bars = s_staging + C::kStaging;
   auto full = [&](int s) { return bars + 8 * s; };
   auto empty = [&](int s) { return bars + 8 * (C::kStages + s); };
-  const int wg = threadIdx.x / 128, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
+  // The warpgroup by a shuffle: uniform to the compiler, so that what hangs on it lives in uniform registers; it does not fit beside the tiles else.
+  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
   auto rows_of = [&](int expert) {
     const int e = min(expert, p.experts - 1);
     return RowRange{__ldg(p.offsets + e), __ldg(p.offsets + e + 1)};
@@ -166,10 +184,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
-      uint32_t offset[2];  // bytes in a row; columns past the matrix read column 0, the store clips them
-#pragma unroll
-      for (int j = 0; j < 2; j++) offset[j] = (col0 + j * 64 < p.d ? col0 + j * 64 : 0) * 2;
-      const int panel0 = at.column * 4, valid = min(4, p.panels - panel0);
+      // Rows to copy of a block at most: rows of steps that are not multiplied stay as they are, and so do columns past the matrix, which are not stored.
+      const int inside[2] = {col0 < p.d ? 64 : 0, col0 + 64 < p.d ? 64 : 0};
+      const PanelRange panels(p, at.column);
       if (blocks == 0) fetch(next_rows, 0);
       for (int k = 0; k < blocks; k++) {
         if ((k & 3) == 0) {
@@ -183,25 +200,22 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
         const uint8_t* src[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          src[i] = reinterpret_cast<const uint8_t*>(p.gathered) +
+          src[i] = reinterpret_cast<const uint8_t*>(p.gathered + col0) +
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
+        const int row = rows.begin + k * 64, v = min(64, rows.end - row);
         mbar_wait(empty(s), phase ^ 1);
-        if (tid == 0) {
-          mbar_arrive_expect_tx(full(s), valid * C::kPanelBytes);
-          const int row = rows.begin + k * 64, v = min(64, rows.end - row);
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int j = 2 * rank + i, panel = panel0 + j, plane = panel >= p.panels_per_plane;
-            if (j < valid)
-              tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
-                             (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
-          }
-        }
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
-          for (int j = 0; j < 2; j++) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + offset[j]);
+          for (int j = 0; j < 2; j++)
+            if (16 * i < min(v, inside[j])) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + j * 128);
         cp_async_mbar_arrive_noinc(full(s));
+        // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
+        if (tid == 0) mbar_arrive_expect_tx(full(s), panels.count * C::kPanelBytes);
+        const int j = 2 * rank + warp, panel = panels.first + j, plane = panel >= p.panels_per_plane;
+        if (lane == 0 && warp < 2 && j < panels.count)
+          tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
+                         (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
         if (++s == C::kStages) {
           s = 0;
           phase ^= 1;
@@ -259,16 +273,32 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks();
+      const PanelRange panels(p, at.column);
+      const bool wide = panels.count > 3;
+      const bool any = (at.group * 2 + rank) * 128 + w * 64 < p.d;  // else this warpgroup only releases the stages
       int previous = -1;
       for (int k = 0; k < blocks; k++) {
+        const int left = rows.end - rows.begin - k * 64;  // rows
         mbar_wait(full(s), phase);
         fence_proxy_async();
-        wgmma_fence();
         const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
         const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
+        // One straight line a group: a branch between two wgmma of a group would fence each of them.
+        auto multiply = [&](auto width, auto steps) {
+          wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) Wgmma<256, 1, 1>::mma(acc, a + 128 * kk, b + 128 * kk, (k | kk) != 0);
-        wgmma_commit();
+          for (int kk = 0; kk < steps; kk++)
+            Wgmma<width, 1, 1>::mma(*reinterpret_cast<float(*)[width / 2]>(&acc[0]), a + 128 * kk, b + 128 * kk, (k | kk) != 0);
+          wgmma_commit();
+        };
+        auto multiply_rows = [&](auto width) {
+          if (left > 48) multiply(width, std::integral_constant<int, 4>());
+          else if (left > 32) multiply(width, std::integral_constant<int, 3>());
+          else if (left > 16) multiply(width, std::integral_constant<int, 2>());
+          else multiply(width, std::integral_constant<int, 1>());
+        };
+        if (any && wide) multiply_rows(std::integral_constant<int, 256>());
+        else if (any) multiply_rows(std::integral_constant<int, 192>());
         if constexpr (kHeld) {
           if (k == 0) store(held, 0, packed);
           if (k == 1) store(held, 2, packed + kHalf);
@@ -283,8 +313,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       }
       wgmma_wait<0>();
       if (previous >= 0) release(previous);
-      const bool written = blocks > 0 || !p.accumulate;
-      const OutputBlock block{at.expert, at.group, at.column * 4, written ? min(4, p.panels - at.column * 4) * 64 : 0};
+      const bool written = any && (blocks > 0 || !p.accumulate);
+      const OutputBlock block{at.expert, at.group, panels.first, written ? panels.count * 64 : 0};
       if constexpr (kHeld) {
         if (blocks < 1) store(held, 0, packed);
         if (blocks < 2) store(held, 2, packed + kHalf);
@@ -343,14 +373,15 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.panels = p.panels_per_plane * static_cast<int>(planes);
   p.groups = static_cast<int>((d + 255) / 256);
   p.columns = (p.panels + 3) / 4;
+  p.wide = std::max(0, p.panels - 3 * p.columns);
   p.accumulate = q.accumulate;
   const int64_t items = static_cast<int64_t>(E) * p.groups * p.columns;
   if (items == 0) return;
-  const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
-  p.step_column = clusters % p.columns;
-  p.step_group = clusters / p.columns % p.groups;
-  p.step_expert = clusters / (p.columns * p.groups);
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, C::kSmem, stream, p);
+  p.clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
+  p.step_column = (p.clusters + 1) % p.columns;
+  p.step_group = (p.clusters + 1) / p.columns % p.groups;
+  p.step_expert = (p.clusters + 1) / (p.columns * p.groups);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * p.clusters, C::kSmem, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper
