@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <optional>
@@ -67,7 +68,6 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t d
                                                   like.is_cuda() ? like.get_device() : 0, &handle));
   return Tensor(handle);
 }
-Tensor none(const Tensor& like, int32_t dtype) { return empty(like, {0}, dtype); }
 // Workspaces and metadata in units of int32.
 Tensor bytes(const Tensor& like, size_t count) { return empty(like, {static_cast<int64_t>((count + 3) / 4)}, MACHMOE_I32); }
 
@@ -199,13 +199,12 @@ machmoe_weights weight_views(const Tensor& w1, const Optional& w1_up, const Tens
 bool is_gated(int64_t activation) { return activation <= MACHMOE_REGLU; }
 
 Layer make_layer(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
-                 const Optional& b2, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
-                 int64_t activation, double alpha, double limit, bool interleaved) {
+                 const Optional& b2, int64_t kind, int64_t K, int64_t row_capacity, int64_t activation, double alpha, double limit,
+                 bool interleaved) {
   for (auto [t, name] : {std::pair{&w1, "w1"}, {&w2, "w2"}}) check_last_stride(*t, name);
   if (w1_up) check_last_stride(*w1_up, "w1[1]");
   Layer l;
-  const int64_t T = x.size(0), row_capacity = kind == MACHMOE_TOPK ? T * K : kind == MACHMOE_LISTS ? score->size(0) : T;
-  l.layer = routing_layer(x, MACHMOE_F32, kind, T, w2.size(0), K, row_capacity);
+  l.layer = routing_layer(x, MACHMOE_F32, kind, x.size(0), w2.size(0), K, row_capacity);
   l.layer.dtype = dtype_of(x, "x");
   l.layer.activation = static_cast<int32_t>(activation);
   l.layer.alpha = static_cast<float>(alpha);
@@ -213,23 +212,18 @@ Layer make_layer(const Tensor& x, const Tensor& w1, const Optional& w1_up, const
   l.layer.d = w2.size(1);
   l.layer.n = w2.size(2);
   l.weights = weight_views(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved);
+  return l;
+}
+int64_t row_capacity_of(const Tensor& x, const Optional& score, int64_t kind, int64_t K) {
+  return kind == MACHMOE_TOPK ? x.size(0) * K : kind == MACHMOE_LISTS ? score->size(0) : x.size(0);
+}
+void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const Optional& score) {
   check(machmoe_routing_carve(&l.layer, 0, metadata.data_ptr(), &l.routing));
   if (counts) l.routing.counts = static_cast<int32_t*>(data(*counts));
   if (score) l.routing.score = data(*score);
-  return l;
 }
 
 // ---- routing -------------------------------------------------------------------------------------------------------------------
-Tensor routing_topk(const Tensor& ids, const Tensor& weights, int64_t num_experts) {
-  const Launch launch(ids);
-  const int32_t weights_dtype = dtype_of(weights, "topk_weights");
-  const machmoe_layer layer = routing_layer(ids, accum_of(weights_dtype), MACHMOE_TOPK, ids.size(0), num_experts, ids.size(1), ids.numel());
-  const Metadata m = new_metadata(layer, ids);
-  check(machmoe_routing_from_topk(&layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), weights_dtype, nullptr, &m.routing, data(m.scratch),
-                                  m.scratch_bytes, launch.stream()));
-  return m.memory;
-}
-
 // Metadata, expert of each row, list position of each row.
 std::tuple<Tensor, Tensor, Tensor> routing_lists(const Tensor& token_ids, const Tensor& expert_ids, const Tensor& scores, int64_t num_tokens,
                                                  int64_t num_experts) {
@@ -317,24 +311,49 @@ Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor
 }
 
 // ---- experts -------------------------------------------------------------------------------------------------------------------
-std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
-                                           const Optional& b1_up, const Optional& b2, const Optional& addend, const Tensor& metadata,
-                                           const Optional& counts, const Optional& score, int64_t kind, int64_t K, int64_t activation, double alpha,
-                                           double limit, bool interleaved, bool save_h) {
-  const Launch launch(x);
-  const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, counts, score, kind, K, activation, alpha, limit, interleaved);
-  const int64_t planes = is_gated(activation) ? 2 : 1;
+// O, and H unless it is not wanted.
+std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Optional& addend, bool save_h, const Tensor& workspace,
+                                   size_t workspace_bytes, void* stream) {
+  const int64_t planes = is_gated(l.layer.activation) ? 2 : 1;
   const Tensor o = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
-  const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : empty(x, {0, planes, l.layer.n}, l.layer.dtype);
-  size_t workspace_bytes = 0;
-  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
-  const Tensor workspace = workspace_of(x, workspace_bytes);
+  const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : Tensor();
   const machmoe_forward_io io{sizeof io, data(x), data(addend), data(h), data(o)};
-  check(machmoe_forward(&l.layer, &l.routing, &l.weights, &io, data(workspace), workspace_bytes, launch.stream()));
+  check(machmoe_forward(&l.layer, &l.routing, &l.weights, &io, data(workspace), workspace_bytes, stream));
   return {o, h};
 }
 
-// Gradients in the shapes of the weights; those not wanted are empty.
+std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
+                                           const Optional& b1_up, const Optional& b2, const Optional& addend, const Tensor& metadata,
+                                           const Optional& counts, const Optional& score, int64_t kind, int64_t activation, double alpha,
+                                           double limit, bool interleaved, bool save_h) {
+  const Launch launch(x);
+  Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, 0, row_capacity_of(x, score, kind, 0), activation, alpha, limit, interleaved);
+  use_routing(l, metadata, counts, score);
+  size_t workspace_bytes = 0;
+  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
+  return forward(l, x, addend, save_h, workspace_of(x, workspace_bytes), workspace_bytes, launch.stream());
+}
+
+// Metadata of top-K ids and the experts in one call: O, H, metadata. The sort's scratch lies in the workspace, which the experts write later.
+std::tuple<Tensor, Tensor, Tensor> topk_experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
+                                                        const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& addend,
+                                                        const Tensor& ids, const Tensor& weights, int64_t activation, double alpha, double limit,
+                                                        bool interleaved, bool save_h) {
+  const Launch launch(x);
+  Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, ids.size(1), ids.numel(), activation, alpha, limit, interleaved);
+  size_t metadata_bytes = 0, scratch_bytes = 0, workspace_bytes = 0;
+  check(machmoe_routing_bytes(&l.layer, 0, &metadata_bytes, &scratch_bytes));
+  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
+  workspace_bytes = std::max(workspace_bytes, scratch_bytes);
+  const Tensor metadata = bytes(x, metadata_bytes), workspace = workspace_of(x, workspace_bytes);
+  use_routing(l, metadata, std::nullopt, std::nullopt);
+  check(machmoe_routing_from_topk(&l.layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), dtype_of(weights, "topk_weights"), nullptr,
+                                  &l.routing, data(workspace), workspace_bytes, launch.stream()));
+  auto [o, h] = forward(l, x, addend, save_h, workspace, workspace_bytes, launch.stream());
+  return {o, h, metadata};
+}
+
+// Gradients in the shapes of the weights; those not wanted are undefined: None in Python.
 struct WeightGrads {
   Tensor w1, w1_up, w2, b1, b1_up, b2;
   machmoe_weights views{};
@@ -342,10 +361,10 @@ struct WeightGrads {
 WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2,
                              bool gated, bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
   const int32_t dtype = dtype_of(w1, "w1");
-  const auto like3 = [&](const Tensor& t, bool need) { return need ? empty(t, {t.size(0), t.size(1), t.size(2)}, dtype) : none(t, dtype); };
-  const auto like2 = [&](const Optional& t, bool need) { return need && t ? empty(*t, {t->size(0), t->size(1)}, dtype) : none(w1, dtype); };
+  const auto like3 = [&](const Tensor& t, bool need) { return need ? empty(t, {t.size(0), t.size(1), t.size(2)}, dtype) : Tensor(); };
+  const auto like2 = [&](const Optional& t, bool need) { return need && t ? empty(*t, {t->size(0), t->size(1)}, dtype) : Tensor(); };
   WeightGrads g{like3(w1, need_w1),
-                w1_up ? like3(*w1_up, need_w1) : none(w1, dtype),
+                w1_up ? like3(*w1_up, need_w1) : Tensor(),
                 like3(w2, need_w2),
                 like2(b1, need_b1),
                 like2(b1_up, need_b1),
@@ -362,7 +381,7 @@ WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tens
 }
 
 machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Optional& h, const Optional& addend, const Tensor& dx, const Tensor& dscore,
-                                const WeightGrads& g) {
+                                int32_t dscore_dtype, const WeightGrads& g) {
   machmoe_backward_io io{};
   io.struct_size = sizeof io;
   io.x = data(x);
@@ -371,7 +390,7 @@ machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Option
   io.addend = data(addend);
   io.dx = data(dx);
   io.dscore = data(dscore);
-  io.dscore_dtype = dtype_of(dscore, "dscore");
+  io.dscore_dtype = dscore_dtype;
   io.grad_dtype = dtype_of(x, "x");
   io.dw1_gate = g.views.w1_gate, io.dw1_up = g.views.w1_up, io.dw2 = g.views.w2;
   io.db1_gate = g.views.b1_gate, io.db1_up = g.views.b1_up, io.db2 = g.views.b2;
@@ -385,19 +404,20 @@ Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool r
 // score_dtype: of topk_weights or score; negative: its gradient is not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& d_o, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
-    const Optional& b2, const Tensor& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
+    const Optional& b2, const Optional& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
     int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
     int64_t score_dtype) {
   const Launch launch(x);
-  const Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, counts, score, kind, K, activation, alpha, limit, interleaved);
+  Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, K, row_capacity_of(x, score, kind, K), activation, alpha, limit, interleaved);
+  use_routing(l, metadata, counts, score);
   const int64_t T = x.size(0);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
-  const Tensor dx = need_dx ? empty(x, {T, x.size(1)}, l.layer.dtype) : none(x, l.layer.dtype);
+  const Tensor dx = need_dx ? empty(x, {T, x.size(1)}, l.layer.dtype) : Tensor();
   const auto dscore_dtype = static_cast<int32_t>(score_dtype < 0 ? accum_of(l.layer.dtype) : score_dtype);
-  const Tensor dscore = score_dtype < 0        ? none(x, dscore_dtype)
+  const Tensor dscore = score_dtype < 0        ? Tensor()
                         : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype)
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
-  const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, g);
+  const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, dscore_dtype, g);
   size_t workspace_bytes = 0;
   const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, MACHMOE_PHASE_ALL, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
@@ -415,16 +435,16 @@ Tensor product(const Tensor& a, const Tensor& b) {
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
-    const Optional& b1, const Optional& b1_up, const Optional& b2, const Tensor& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids,
+    const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids,
     const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1,
     bool need_w2, bool need_b1, bool need_b2) {
   const Launch launch(x);
   const int64_t K = ids.size(1);
-  const Layer l =
-      make_layer(x, w1, w1_up, w2, b1, b1_up, b2, metadata, std::nullopt, std::nullopt, MACHMOE_TOPK, K, activation, alpha, limit, interleaved);
+  Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, K, ids.numel(), activation, alpha, limit, interleaved);
+  use_routing(l, metadata, std::nullopt, std::nullopt);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
-  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype), no_dscore = none(x, accum_of(l.layer.dtype));
-  machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, no_dscore, g);
+  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
+  machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, Tensor(), accum_of(l.layer.dtype), g);
   const bool recompute = io.h == nullptr;
   size_t workspace_bytes = 0;
   const Tensor workspace = backward_workspace(l.layer, x, recompute, MACHMOE_PHASE_ACTIVATION, workspace_bytes);
@@ -450,7 +470,6 @@ std::string device_reason(bool cuda) { return machmoe_device_reason(cuda ? MACHM
 }  // namespace
 
 STABLE_TORCH_LIBRARY(machmoe, m) {
-  m.def("routing_topk(Tensor ids, Tensor weights, int num_experts) -> Tensor");
   m.def("routing_lists(Tensor token_ids, Tensor expert_ids, Tensor scores, SymInt num_tokens, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("routing_rows(Tensor counts, Tensor rows) -> Tensor");
   m.def("token_round(Tensor scores, int k, int tile, int rule, bool renormalize, Tensor seed) -> (Tensor, Tensor)");
@@ -459,16 +478,20 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def(
       "experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor metadata, "
       "Tensor? counts, "
-      "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor)");
+      "Tensor? score, int kind, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor)");
   m.def(
-      "experts_backward(Tensor d_o, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor h, Tensor metadata, "
+      "topk_experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor ids, "
+      "Tensor weights, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "experts_backward(Tensor d_o, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? h, Tensor "
+      "metadata, "
       "Tensor? counts, "
       "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool "
       "need_b1, "
       "bool need_b2, int score_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? "
-      "b2, Tensor h, "
+      "b2, Tensor? h, "
       "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool "
       "interleaved, "
       "bool need_w1, bool need_w2, bool need_b1, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -476,15 +499,15 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def("device_reason(bool cuda) -> str");
 }
 
-#define MACHMOE_IMPLEMENT(m)                                \
-  m.impl("routing_topk", TORCH_BOX(&routing_topk));         \
-  m.impl("routing_lists", TORCH_BOX(&routing_lists));       \
-  m.impl("routing_rows", TORCH_BOX(&routing_rows));         \
-  m.impl("token_round", TORCH_BOX(&token_round));           \
-  m.impl("route_forward", TORCH_BOX(&route_forward));       \
-  m.impl("route_backward", TORCH_BOX(&route_backward));     \
-  m.impl("experts_forward", TORCH_BOX(&experts_forward));   \
-  m.impl("experts_backward", TORCH_BOX(&experts_backward)); \
+#define MACHMOE_IMPLEMENT(m)                                        \
+  m.impl("routing_lists", TORCH_BOX(&routing_lists));               \
+  m.impl("routing_rows", TORCH_BOX(&routing_rows));                 \
+  m.impl("token_round", TORCH_BOX(&token_round));                   \
+  m.impl("route_forward", TORCH_BOX(&route_forward));               \
+  m.impl("route_backward", TORCH_BOX(&route_backward));             \
+  m.impl("topk_experts_forward", TORCH_BOX(&topk_experts_forward)); \
+  m.impl("experts_forward", TORCH_BOX(&experts_forward));           \
+  m.impl("experts_backward", TORCH_BOX(&experts_backward));         \
   m.impl("layer_backward", TORCH_BOX(&layer_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(machmoe, CPU, m){MACHMOE_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(machmoe, CUDA, m){

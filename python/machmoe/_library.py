@@ -14,8 +14,8 @@ torch.ops.load_library(str(_FILE))
 ops = torch.ops.machmoe
 
 OPERATORS = (
-    "routing_topk", "routing_lists", "routing_rows", "token_round", "route_forward", "route_backward", "experts_forward", "experts_backward",
-    "layer_backward",
+    "routing_lists", "routing_rows", "token_round", "route_forward", "route_backward", "experts_forward", "topk_experts_forward",
+    "experts_backward", "layer_backward",
 )  # fmt: skip
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
@@ -58,13 +58,6 @@ def rounded_capacity(num_tokens, num_experts, k, tile, rule):
     return torch.sym_min(num_tokens * k + extra, num_tokens * num_experts)
 
 
-@torch.library.register_fake("machmoe::routing_topk")
-def _(ids, weights, num_experts):
-    tokens, k = ids.shape
-    _, size = metadata_layout(TOPK, tokens, num_experts, tokens * k, cuda=ids.is_cuda, f64=weights.dtype == torch.float64)
-    return ids.new_empty(size, dtype=torch.int32)
-
-
 @torch.library.register_fake("machmoe::routing_lists")
 def _(token_ids, expert_ids, scores, num_tokens, num_experts):
     capacity = token_ids.shape[0]
@@ -103,34 +96,39 @@ def _(dweights, daux, logits, ids, weights, counts, router):
     return logits.new_empty(logits.shape)
 
 
-def _capacity(x, score, kind, k):
-    return x.shape[0] * k if kind == TOPK else score.shape[0] if kind == LISTS else x.shape[0]
+# Results that are not wanted are None, undefined tensors in the library.
+def _forward(x, w2, rows, activation, save_h):
+    planes = 2 if activation < GATED_ACTIVATIONS else 1
+    return x.new_empty(x.shape), x.new_empty((rows, planes, w2.shape[2])) if save_h else None
 
 
 @torch.library.register_fake("machmoe::experts_forward")
-def _(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, score, kind, k, activation, alpha, limit, interleaved, save_h):
-    planes = 2 if activation < GATED_ACTIVATIONS else 1
-    rows = _capacity(x, score, kind, k) if save_h else 0
-    return x.new_empty(x.shape), x.new_empty((rows, planes, w2.shape[2]))
+def _(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, score, kind, activation, alpha, limit, interleaved, save_h):
+    return _forward(x, w2, score.shape[0] if kind == LISTS else x.shape[0], activation, save_h)
 
 
-def _like(tensor, needed, x):
-    return tensor.new_empty(tensor.shape) if needed and tensor is not None else x.new_empty(0)
+@torch.library.register_fake("machmoe::topk_experts_forward")
+def _(x, w1, w1_up, w2, b1, b1_up, b2, addend, ids, weights, activation, alpha, limit, interleaved, save_h):
+    tokens, k = ids.shape
+    _, size = metadata_layout(TOPK, tokens, w2.shape[0], tokens * k, cuda=x.is_cuda, f64=x.dtype == torch.float64)
+    return *_forward(x, w2, tokens * k, activation, save_h), ids.new_empty(size, dtype=torch.int32)
+
+
+def _like(tensor, needed):
+    return tensor.new_empty(tensor.shape) if needed and tensor is not None else None
 
 
 @torch.library.register_fake("machmoe::experts_backward")
 def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k, activation, alpha, limit, interleaved,
       need_dx, need_w1, need_w2, need_b1, need_b2, score_dtype):  # fmt: skip
-    if score_dtype < 0:
-        dscore = x.new_empty(0, dtype=accum_of(x.dtype))
-    else:
-        dscore = x.new_empty((x.shape[0], k) if kind == TOPK else _capacity(x, score, kind, k), dtype=_FLOATS[score_dtype])
-    grads = [_like(*pair, x) for pair in ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))]
-    return _like(x, need_dx, x), *grads, dscore
+    shape = (x.shape[0], k) if kind == TOPK else score.shape if kind == LISTS else x.shape[:1]
+    dscore = x.new_empty(shape, dtype=_FLOATS[score_dtype]) if score_dtype >= 0 else None
+    pairs = ((x, need_dx), (w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
+    return *(_like(*pair) for pair in pairs), dscore
 
 
 @torch.library.register_fake("machmoe::layer_backward")
 def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
       interleaved, need_w1, need_w2, need_b1, need_b2):  # fmt: skip
     pairs = ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
-    return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair, x) for pair in pairs)
+    return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair) for pair in pairs)

@@ -8,6 +8,7 @@ ACTIVATIONS = {"swiglu": 0, "swiglu_oai": 1, "geglu": 2, "reglu": 3, "relu2": 4,
 ROUTERS = {"topk_softmax": 0, "softmax_topk": 1, "softmax_topk_norm": 2}
 LAYOUTS = ("concatenated", "interleaved")
 RULES = {"nr_f": 0, "sr_f": 1, "nr_s": 2, "up": 3, "down": 4, "balance_f": 5}  # machmoe_rounding
+NAMES = ("x", "w1", "w1[1]", "w2", "b1", "b1[1]", "b2", "addend")  # of the tensors that layer_arguments returns
 # dtypes of x and the weights on each device
 DATA_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "cuda": (torch.bfloat16,)}
 
@@ -44,7 +45,7 @@ def _pair(value, name):
 
 
 def layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit):
-    """Checked and cast arguments: x, w1, w1_up, w2, b1, b1_up, b2, addend, (activation, alpha, limit, interleaved)."""
+    """Checked and cast arguments: [x, w1, w1_up, w2, b1, b1_up, b2, addend], (activation, alpha, limit, interleaved)."""
     check_choice(activation, "activation", ACTIVATIONS)
     if w1_layout not in LAYOUTS:
         raise ValueError(f"w1_layout is {w1_layout!r}, expected one of {', '.join(LAYOUTS)}; a pair (gate, up) needs none")
@@ -71,23 +72,21 @@ def layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, lim
     if addend is not None and addend.shape != x.shape:
         raise ValueError(f"addend is {tuple(addend.shape)}, expected the shape of x, {tuple(x.shape)}")
     tensors = [x, w1, w1_up, w2, b1, b1_up, b2, addend]
-    device = x.device.type
-    if device in DATA_DTYPES and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype, device = x.dtype, x.device
+    kind = device.type
+    known = DATA_DTYPES.get(kind)
+    if known and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         tensors = [t if t is None else t.to(dtype) for t in tensors]
-    known = DATA_DTYPES.get(device)
-    if known and tensors[0].dtype not in known:
-        fix = f"cast x and the weights, or use torch.autocast({device!r}, torch.bfloat16)"
-        raise ValueError(f"x is {tensors[0].dtype} on {device}, expected {' or '.join(map(str, known))}: {fix}")
-    names = ("x", "w1", "w1[1]", "w2", "b1", "b1[1]", "b2", "addend")
-    for tensor, name in zip(tensors, names, strict=True):
-        if tensor is not None and (tensor.dtype != tensors[0].dtype or tensor.device != tensors[0].device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, expected {tensors[0].dtype} on {tensors[0].device} as x: cast it, or use autocast"
-            )
+    if known and dtype not in known:
+        fix = f"cast x and the weights, or use torch.autocast({kind!r}, torch.bfloat16)"
+        raise ValueError(f"x is {dtype} on {kind}, expected {' or '.join(map(str, known))}: {fix}")
+    for tensor, name in zip(tensors, NAMES, strict=True):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} as x: cast it, or use autocast")
     if limit is None:
         limit = 7.0 if activation == "swiglu_oai" else 0.0
     tensors[0] = tensors[0].contiguous()
     if addend is not None:
         tensors[7] = tensors[7].contiguous()
-    return *tensors, (ACTIVATIONS[activation], float(alpha), float(limit), w1_layout == "interleaved")
+    return tensors, (ACTIVATIONS[activation], float(alpha), float(limit), w1_layout == "interleaved")

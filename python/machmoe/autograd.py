@@ -11,38 +11,34 @@ def saves_h(recompute):
     return torch.is_grad_enabled() and not recompute
 
 
-def _or_none(grad, needed):
-    return grad if needed else None
-
-
 class Experts(torch.autograd.Function):
-    """Saved: x, the weights themselves, H (unless recompute), metadata, and the scores of general routings."""
+    """`routing` is the ids of a top-K routing, the metadata of any other. Saved: x, the weights themselves, H (unless recompute), metadata, and the
+    scores of general routings."""
 
     @staticmethod
-    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, metadata, counts, spec):
-        kind, k, activation, alpha, limit, interleaved, save_h = spec
-        row_scores = None if kind == TOPK else scores
-        options = (kind, k, activation, alpha, limit, interleaved)
+    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, routing, counts, kind, options, save_h):
         save_h = save_h and any(ctx.needs_input_grad)
-        o, h = ops.experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, row_scores, *options, save_h)
+        if kind == TOPK:
+            k, row_scores = routing.shape[1], None
+            o, h, metadata = ops.topk_experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, routing, scores, *options, save_h)
+        else:
+            k, metadata, row_scores = 0, routing, scores
+            o, h = ops.experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, row_scores, kind, *options, save_h)
         ctx.save_for_backward(x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, row_scores)
-        ctx.options = options
+        ctx.options = (kind, k, *options)
         ctx.score_dtype = -1 if scores is None else DTYPES[scores.dtype]
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o):
-        x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, row_scores = ctx.saved_tensors
         need = ctx.needs_input_grad
-        need_w1, need_b1 = need[1] or need[2], need[4] or need[5]
         d_o = d_o.contiguous()
-        dx, dw1, dw1_up, dw2, db1, db1_up, db2, dscore = ops.experts_backward(
-            d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, row_scores, *ctx.options,
-            need[0], need_w1, need[3], need_b1, need[6], ctx.score_dtype if need[8] else -1,
+        *grads, dscore = ops.experts_backward(
+            d_o, *ctx.saved_tensors, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6],
+            ctx.score_dtype if need[8] else -1,
         )  # fmt: skip
-        grads = [_or_none(*pair) for pair in zip((dx, dw1, dw1_up, dw2, db1, db1_up, db2, d_o, dscore), need, strict=False)]
-        return *grads, None, None, None
+        return *grads, d_o if need[7] else None, dscore, None, None, None, None, None
 
 
 class Route(torch.autograd.Function):
@@ -65,14 +61,11 @@ class Layer(torch.autograd.Function):
     """Saved: x, the weights themselves, logits, ids, weights, counts, H (unless recompute), metadata."""
 
     @staticmethod
-    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, router_w, spec):
-        k, router, activation, alpha, limit, interleaved, save_h = spec
+    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, router_w, k, router, options, save_h):
         logits = torch.mm(x, router_w.t())
         ids, weights, counts, aux = ops.route_forward(logits, k, router)
-        metadata = ops.routing_topk(ids, weights, w2.shape[0])
-        options = (activation, alpha, limit, interleaved)
         save_h = save_h and any(ctx.needs_input_grad)
-        o, h = ops.experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, None, None, TOPK, k, *options, save_h)
+        o, h, metadata = ops.topk_experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, ids, weights, *options, save_h)
         ctx.save_for_backward(x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, counts)
         ctx.options = (router, *options)
         return o, aux
@@ -85,4 +78,4 @@ class Layer(torch.autograd.Function):
         dx, drouter_w, *grads = ops.layer_backward(
             d_o, daux, *ctx.saved_tensors, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]
         )
-        return *(_or_none(*pair) for pair in zip((dx, *grads, d_o, drouter_w), need, strict=False)), None
+        return dx, *grads, d_o if need[7] else None, drouter_w, None, None, None, None

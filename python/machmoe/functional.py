@@ -32,8 +32,8 @@ def experts(
     check_index(topk_ids, "topk_ids")
     check_score(topk_weights, "topk_weights")
     check_device(x, "x", topk_ids=topk_ids, topk_weights=topk_weights)
-    args = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
-    x = args[0]
+    tensors, options = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
+    x = tensors[0]
     if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"topk_ids is {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)}, expected [T, K] both with T = {x.shape[0]} as x"
@@ -41,8 +41,7 @@ def experts(
     if (topk_weights.dtype == torch.float64) != (x.dtype == torch.float64):
         topk_weights = topk_weights.to(accum_of(x.dtype))
     topk_weights = topk_weights.contiguous()
-    metadata = ops.routing_topk(topk_ids.contiguous(), topk_weights.detach(), args[3].shape[0])
-    return Experts.apply(*args[:-1], topk_weights, metadata, None, (TOPK, topk_ids.shape[1], *args[-1], saves_h(recompute)))
+    return Experts.apply(*tensors, topk_weights, topk_ids.contiguous(), None, TOPK, options, saves_h(recompute))
 
 
 def experts_general(
@@ -50,8 +49,8 @@ def experts_general(
     alpha=1.702, limit=None,
 ):  # fmt: skip
     """The experts for any machmoe.Routing: a token may have 0 to E experts. Differentiable in routing.score too; arguments as in `experts`."""
-    args = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
-    x, w2 = args[0], args[3]
+    tensors, options = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
+    x, w2 = tensors[0], tensors[3]
     if routing.num_tokens != x.shape[0] or routing.num_experts != w2.shape[0]:
         raise ValueError(
             f"routing is for {routing.num_tokens} tokens and {routing.num_experts} experts, expected T = {x.shape[0]} and E = {w2.shape[0]}"
@@ -62,7 +61,7 @@ def experts_general(
         raise ValueError(
             f"routing.score is {score.dtype}, expected {accum_of(x.dtype)} beside x of {x.dtype}: build the routing from scores of that dtype"
         )
-    return Experts.apply(*args[:-1], score, routing.metadata, None, (LISTS, 0, *args[-1], saves_h(recompute)))
+    return Experts.apply(*tensors, score, routing.metadata, None, LISTS, options, saves_h(recompute))
 
 
 def grouped_mlp(
@@ -77,8 +76,8 @@ def grouped_mlp(
 
     Returns [R, d], differentiable once in rows, w1, w2, row_scores, b1, b2. Other arguments as in `experts`.
     """
-    args = layer_arguments(rows, w1, w2, b1, b2, None, activation, w1_layout, alpha, limit)
-    rows, w2 = args[0], args[3]
+    tensors, options = layer_arguments(rows, w1, w2, b1, b2, None, activation, w1_layout, alpha, limit)
+    rows, w2 = tensors[0], tensors[3]
     if counts.dim() != 1 or counts.shape[0] != w2.shape[0]:
         raise ValueError(f"counts is {tuple(counts.shape)}, expected [E] = [{w2.shape[0]}]")
     check_index(counts, "counts")
@@ -90,7 +89,7 @@ def grouped_mlp(
         row_scores = row_scores.to(accum_of(rows.dtype)).contiguous()
     counts = counts.to(torch.int32).contiguous()
     metadata = ops.routing_rows(counts, rows)
-    return Experts.apply(*args[:-1], row_scores, metadata, counts, (ROWS, 0, *args[-1], saves_h(recompute)))
+    return Experts.apply(*tensors, row_scores, metadata, counts, ROWS, options, saves_h(recompute))
 
 
 def route(logits, k, *, router="softmax_topk", router_bias=None, groups=1, topk_groups=1, scale=1.0, z_loss=0.0):
@@ -138,15 +137,20 @@ def layer(
     With the first three routers alone it is one autograd.Function: the backward sums dS inside the router's gradient and adds the router's dX in the
     experts' last kernel. Otherwise it is `route`, then `experts`.
     """
-    args = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
-    if router_w.shape != (args[3].shape[0], args[0].shape[1]):
-        raise ValueError(f"router_w is {tuple(router_w.shape)}, expected [E, d] = [{args[3].shape[0]}, {args[0].shape[1]}]")
-    check_device(args[0], "x", router_w=router_w)
+    tensors, options = layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, limit)
+    rows = tensors[0]
+    if router_w.shape != (w2.shape[0], rows.shape[1]):
+        raise ValueError(f"router_w is {tuple(router_w.shape)}, expected [E, d] = [{w2.shape[0]}, {rows.shape[1]}]")
+    check_device(rows, "x", router_w=router_w)
+    router_w = router_w.to(rows.dtype)
     if router in ROUTERS and router_bias is None and groups == 1 and scale == 1.0 and not z_loss:
-        return Layer.apply(*args[:-1], router_w.to(args[0].dtype), (k, ROUTERS[router], *args[-1], saves_h(recompute)))
+        return Layer.apply(*tensors, router_w, k, ROUTERS[router], options, saves_h(recompute))
     ids, weights, _, aux = route(
-        args[0] @ router_w.to(args[0].dtype).t(), k, router=router, router_bias=router_bias, groups=groups, topk_groups=topk_groups, scale=scale,
+        rows @ router_w.t(), k, router=router, router_bias=router_bias, groups=groups, topk_groups=topk_groups, scale=scale,
         z_loss=z_loss,
     )  # fmt: skip
-    options = {"b1": b1, "b2": b2, "addend": addend, "recompute": recompute, "alpha": alpha, "limit": limit}
-    return experts(x, w1, w2, ids, weights, activation=activation, w1_layout=w1_layout, **options), aux
+    out = experts(
+        x, w1, w2, ids, weights, activation=activation, w1_layout=w1_layout, b1=b1, b2=b2, addend=addend, recompute=recompute, alpha=alpha,
+        limit=limit,
+    )  # fmt: skip
+    return out, aux

@@ -2,6 +2,9 @@
 
 #include <array>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace machmoe::cuda {
 
@@ -15,6 +18,18 @@ int num_sms() {
   MACHMOE_CUDA_CALL(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   sms.store(count, std::memory_order_relaxed);
   return count;
+}
+
+void allow_shared_memory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;  // of a kernel on a device
+  int device = 0;
+  MACHMOE_CUDA_CALL(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  int& known = allowed[{kernel, device}];
+  if (bytes <= known) return;
+  MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  known = bytes;
 }
 
 }  // namespace machmoe::cuda

@@ -18,4 +18,7 @@ inline cudaStream_t stream_of(Stream s) { return static_cast<cudaStream_t>(s.han
 
 int num_sms();  // of the current device, asked for once per device
 
+// Lets a kernel have that much dynamic shared memory on the current device: told to the runtime once per kernel and device.
+void allow_shared_memory(const void* kernel, int bytes);
+
 }  // namespace machmoe::cuda

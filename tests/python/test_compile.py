@@ -112,35 +112,36 @@ def test_opcheck_of_every_operator():
     ids, scores = torch.rand(t, e).topk(k).indices, torch.rand(t, k)
     logits, router_w = torch.randn(t, e), torch.randn(e, d)
     counts = torch.tensor([1, 2, 0, 3], dtype=torch.int32)  # all rows: H is not written past them
-    metadata, rows = ops.routing_topk(ids, scores, e), ops.routing_rows(counts, x)
+    rows = ops.routing_rows(counts, x)
     lists, _, _ = ops.routing_lists(torch.arange(t), ids[:, 0].contiguous(), scores[:, 0].contiguous(), t, e)
     one, pair = (x, w1, None, w2, None, None, None), (x, gate, up, w2, b, b, b2)
-    topk, swiglu = (metadata, None, None, 0, k), (0, 1.702, 0.0, False)
-    _, h = ops.experts_forward(*one, None, *topk, *swiglu, True)
+    swiglu = (0, 1.702, 0.0, False)
+    _, h, metadata = ops.topk_experts_forward(*one, None, ids, scores, *swiglu, True)
+    topk = (metadata, None, None, 0, k)
     rids, rweights, rcounts, aux = ops.route_forward(logits, k, 0)
-    routed = ops.routing_topk(rids, rweights, e), logits, rids, rweights, rcounts, 0
+    _, _, rmetadata = ops.topk_experts_forward(*one, None, rids, rweights, *swiglu, False)
+    routed = rmetadata, logits, rids, rweights, rcounts, 0
     calls = [
-        (ops.routing_topk, (ids, scores, e)),
-        (ops.routing_topk, (ids.int(), scores.bfloat16(), e)),
         (ops.routing_lists, (torch.arange(t), ids[:, 0].contiguous(), scores[:, 0].contiguous(), t, e)),
         (ops.routing_rows, (counts, x)),
         (ops.token_round, (logits.softmax(-1), k, 2, 0, False, torch.tensor(0))),
         (ops.route_forward, (logits, k, 0)),
         (ops.route_backward, (scores, aux, logits, rids, rweights, rcounts, 0)),
-        (ops.experts_forward, (*one, None, *topk, *swiglu, True)),
-        (ops.experts_forward, (*pair, x, *topk, *swiglu, False)),
-        (ops.experts_forward, (*one, None, lists, None, scores[:, 0].contiguous(), 1, 0, *swiglu, True)),
-        (ops.experts_forward, (*one, None, rows, counts, None, 2, 0, *swiglu, True)),
+        (ops.topk_experts_forward, (*one, None, ids, scores, *swiglu, True)),
+        (ops.topk_experts_forward, (*pair, x, ids.int(), scores.bfloat16(), *swiglu, False)),
+        (ops.experts_forward, (*one, None, lists, None, scores[:, 0].contiguous(), 1, *swiglu, True)),
+        (ops.experts_forward, (*pair, x, lists, None, scores[:, 0].contiguous(), 1, *swiglu, False)),
+        (ops.experts_forward, (*one, None, rows, counts, None, 2, *swiglu, True)),
         (ops.experts_backward, (d_o, *one, h, *topk, *swiglu, True, True, True, False, False, 0)),
         (ops.experts_backward, (d_o, *pair, h, *topk, *swiglu, False, True, False, True, True, -1)),
         (ops.layer_backward, (d_o, None, x, router_w, *one[1:], h, *routed, *swiglu, True, True, False, False)),
-        (ops.layer_backward, (d_o, aux, x, router_w, *pair[1:], h[:0], *routed, *swiglu, True, False, True, True)),
+        (ops.layer_backward, (d_o, aux, x, router_w, *pair[1:], None, *routed, *swiglu, True, False, True, True)),
     ]
     assert {op for op, _ in calls} == {getattr(ops, name) for name in machmoe._library.OPERATORS}
     every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, args in calls:
         # Metadata has gaps between its arrays, whatever was in memory: the last test would compare them.
-        is_metadata = op in (ops.routing_topk, ops.routing_lists, ops.routing_rows, ops.token_round)
+        is_metadata = op in (ops.topk_experts_forward, ops.routing_lists, ops.routing_rows, ops.token_round)
         torch.library.opcheck(op.default, args, test_utils=every[: 3 if is_metadata else 4])
 
 

@@ -311,17 +311,17 @@ def test_without_gradients_h_is_not_written():
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if function is torch.ops.machmoe.experts_forward.default:
-                rows.append(out[1].shape[0])
+            if function is torch.ops.machmoe.topk_experts_forward.default:
+                written.append(out[1] is not None)
             return out
 
-    rows = []
+    written = []
     with Recorder():
         machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
         with torch.no_grad():
             machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
             machmoe.layer(v["x"], torch.randn(E, D), v["w1"], v["w2"], K)
-    assert rows == [T * K, 0, 0]
+    assert written == [True, False, False]
 
 
 def test_a_backward_under_autocast_keeps_the_types_of_its_forward():

@@ -115,7 +115,9 @@ def test_metadata_layout_mirrors_the_library():
             if kind == _library.LISTS:
                 metadata, _, _ = _library.ops.routing_lists(ids, ids + 3000, scores, tokens, 3000)
             else:
-                metadata = _library.ops.routing_topk(ids[:, None] + 3000, scores[:, None], 3000)
+                x, w1, w2 = (torch.zeros(s, dtype=scores.dtype) for s in ((capacity, 8), (3000, 16, 8), (3000, 8, 8)))
+                layer = x, w1, None, w2, None, None, None, None
+                _, _, metadata = _library.ops.topk_experts_forward(*layer, ids[:, None] + 3000, scores[:, None], 0, 1.702, 0.0, False, False)
                 _, size = _library.metadata_layout(kind, capacity, 3000, capacity, cuda=False, f64=f64)
             assert metadata.numel() == size
 

@@ -8,7 +8,7 @@ constexpr int kGemmThreads = 384;
 
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int grid, int smem_bytes, Stream stream, const Params& p) {
-  MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), smem_bytes);
   kernel<<<grid, kGemmThreads, smem_bytes, stream_of(stream)>>>(p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
