@@ -156,15 +156,17 @@ def compare(configs, folder, plain):
 
 
 def outcome(trainer):
-    """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports: neither compilation nor a busy moment counts."""
+    """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports, the first one left out where there are more:
+    neither compilation nor a busy moment counts, and reports hold no time of validations and checkpoints."""
     records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if "train_loss" in r]
     last = [r["train_loss"] for r in records[-100:]]
+    speeds = [r["tokens_per_s"] for r in records]
     return {
         "run": str(trainer.run),
         "train_loss": sum(last) / len(last),
         "val_loss": trainer.val_loss,
         "bigram": trainer.bigram,
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "tokens_per_s": statistics.median(speeds[trainer.config.log_every :] or speeds),
         "peak_mib": trainer.peak_mib,
     }
 
