@@ -101,7 +101,7 @@ class GroupedMM(Contestant):
     experts = staticmethod(grouped_experts)
 
     def forward(self):
-        return self.experts(self.x, self.w1, self.w2, self.problem.ids.long(), self.weights)
+        return self.experts(self.x, self.w1, self.w2, self.problem.ids, self.weights)
 
     def layer(self):
         ids, weights, _, _ = topk_route(self.x @ self.router_w.t(), self.problem.shape.K)
