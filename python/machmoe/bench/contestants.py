@@ -50,6 +50,8 @@ class Contestant:
         self.x, self.w1, self.w2, self.weights = leaf(problem.x), leaf(problem.w1), leaf(problem.w2), leaf(problem.weights)
         self.router_w = leaf(problem.router_w)
         self.rows = problem.rows
+        if problem.pattern != "random":
+            self.layer = None  # its router would choose, not the pattern
         self.prepare()
 
     def prepare(self):
