@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 ROUTERS = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
 
@@ -25,21 +27,52 @@ def topk_route(logits, k, router="softmax_topk_norm"):
     return ids, weights, counts, aux
 
 
+class Dispatch(Function):
+    """Rows of x in the order of their experts. Its gradient gathers too: autograd's own would scatter with additions."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, k):
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[torch.div(order, k, rounding_mode="floor")]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rows):
+        (inverse,) = ctx.saved_tensors
+        return d_rows[inverse].view(-1, ctx.k, d_rows.shape[1]).sum(1), None, None, None
+
+
+class Undo(Function):
+    """Rows back in the order of (token, slot), gathered in both directions."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(order)
+        return rows[inverse]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        (order,) = ctx.saved_tensors
+        return d[order], None, None
+
+
 def grouped_experts(x, w1, w2, ids, weights):
     """O [T, d] for x [T, d], w1 [E, 2n, d] (gate, then up), w2 [E, d, n], ids and weights [T, K]. SwiGLU."""
     tokens, k = ids.shape
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-    expert, order = ids.flatten().sort(stable=True)
-    counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
+    expert, order = ids.flatten().int().sort(stable=True)
+    counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, expert.long(), torch.ones_like(expert))
     offs = counts.cumsum(0, dtype=torch.int32)
-    rows = x[torch.div(order, k, rounding_mode="floor")]
-    gate, up = F.grouped_mm(rows, w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offs)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    y = y[inverse].view(tokens, k, -1)
+    rows = Dispatch.apply(x, order, inverse, k)
+    gate, up = F.grouped_mm(rows, w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offs)
+    y = Undo.apply(y, order, inverse).view(tokens, k, -1)
     return (y * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
 

@@ -319,6 +319,14 @@ def test_batches_visit_every_window_once_an_epoch_and_continue_at_a_position():
     assert torch.equal(again.next()[0], later)
 
 
+def test_a_batch_at_the_end_of_an_epoch_is_filled_from_the_next_one():
+    batches = Batches(torch.arange(101, dtype=torch.uint8), context=10, batch=3, seed=3, device="cpu")  # 8 sequences an epoch
+    starts = torch.cat([batches.next()[0][:, 0] for _ in range(6)])
+    assert len(starts) == 18 and batches.position == 18
+    for epoch in starts[:8], starts[8:16]:
+        assert len(set(epoch.tolist())) == 8
+
+
 def test_the_corpus_depends_on_names_and_bytes_only(tmp_path):
     for copy in ("one", "two"):
         folder = tmp_path / copy

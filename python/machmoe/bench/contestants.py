@@ -50,6 +50,8 @@ class Contestant:
         self.x, self.w1, self.w2, self.weights = leaf(problem.x), leaf(problem.w1), leaf(problem.w2), leaf(problem.weights)
         self.router_w = leaf(problem.router_w)
         self.rows = problem.rows
+        if problem.pattern != "random":
+            self.layer = None  # its router would choose, not the pattern
         self.prepare()
 
     def prepare(self):
@@ -101,7 +103,7 @@ class GroupedMM(Contestant):
     experts = staticmethod(grouped_experts)
 
     def forward(self):
-        return self.experts(self.x, self.w1, self.w2, self.problem.ids.long(), self.weights)
+        return self.experts(self.x, self.w1, self.w2, self.problem.ids, self.weights)
 
     def layer(self):
         ids, weights, _, _ = topk_route(self.x @ self.router_w.t(), self.problem.shape.K)

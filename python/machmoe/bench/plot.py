@@ -32,15 +32,18 @@ def bars(result, path):
             panel.bar([x + (i - (len(names) - 1) / 2) * width for x in mine], list(mine.values()), width=width, label=name, color=f"C{i}")
         panel.set_ylabel(f"{kind}, {unit}")
         panel.grid(axis="y", alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.margins(x=0.02)
     axes[1].set_xticks(range(len(shapes)), shapes, rotation=30 if len(shapes) > 3 else 0, ha="right" if len(shapes) > 3 else "center")
     axes[0].legend(ncols=min(5, len(names)), fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0))
     return save(figure, path)
 
 
 def granularity(result, path):
-    """Throughput and saved memory over granularity d / n, for shapes that differ in n alone at constant K n; None where there is no such family."""
+    """Throughput and activation memory over granularity d / n (figure 1 of arXiv 2512.14080), for shapes that differ in n alone at constant K n;
+    None where there is no such family."""
     plt = need("matplotlib.pyplot")
-    families = {}
+    families, names = {}, list(dict.fromkeys(record["contestant"] for record in measured(result)))
     for record in measured(result):
         families.setdefault((record["T"], record["d"], record["K"] * record["n"]), []).append(record)
     families = {key: records for key, records in families.items() if len({r["n"] for r in records}) > 1}
@@ -48,13 +51,14 @@ def granularity(result, path):
         return None
     figure, axes = plt.subplots(2, len(families), figsize=(5 * len(families) + 1, 7), layout="constrained", squeeze=False, sharex="col")
     for column, (key, records) in enumerate(sorted(families.items())):
-        for i, name in enumerate(dict.fromkeys(r["contestant"] for r in records)):
+        for i, name in enumerate(names):
             mine = sorted((r for r in records if r["contestant"] == name), key=lambda r: -r["n"])
             x = [r["d"] / r["n"] for r in mine]
-            axes[0, column].plot(x, [r["total"]["throughput"] for r in mine], "o-", color=f"C{i}", label=name)
-            axes[1, column].plot(x, [r["saved_mib"] for r in mine], "o-", color=f"C{i}", label=name)
-        axes[0, column].set(title="T {}, d {}, K n {}".format(*key), ylabel=f"forward + backward, {result['unit']}", ylim=(0, None), xscale="log")
-        axes[1, column].set(xlabel="granularity d / n", ylabel="saved for the backward, MiB", ylim=(0, None))
+            style = {"color": f"C{i}", "marker": "o", "markersize": 10 - 1.5 * i, "linewidth": 3 - 0.5 * i}  # of equal curves both stay visible
+            axes[0, column].plot(x, [r["total"]["throughput"] for r in mine], label=name, **style)
+            axes[1, column].plot(x, [r["saved_mib"] for r in mine], label=name, **style)
+        axes[0, column].set(title="T {}, d {}, K n = {}".format(*key), ylabel=f"forward + backward, {result['unit']}", ylim=(0, None), xscale="log")
+        axes[1, column].set(xlabel="granularity d / n", ylabel="activations saved for the backward, MiB", ylim=(0, None))
         ticks = sorted({r["d"] / r["n"] for r in records})
         axes[1, column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         for panel in axes[:, column]:

@@ -39,7 +39,7 @@ HELP = {
     "routing": "top-K, or rows per expert rounded to multiples of 128 while training",
     "device": "cpu, cuda or cuda:<i>",
     "dtype": "of the products, weights stay fp32; bf16 on CUDA",
-    "compile": "torch.compile the model",
+    "compile": "torch.compile the model as one graph",
     "val_every": "steps between validations",
     "val_sequences": "sequences a validation reads",
     "checkpoint_every": "steps between checkpoints",
@@ -147,24 +147,33 @@ def compare(configs, folder, plain):
         trainer.train(plain)
         outcomes[choice] = outcome(trainer)
         del trainer  # its memory must not count as the next one's
-    plot_losses(folder / "compare.png", {choice: read_metrics(folder / choice / "metrics.jsonl") for choice in configs}, outcomes[choice]["bigram"])
+    curves = {choice: read_metrics(folder / choice / "metrics.jsonl") for choice in configs}
+    title = "\n".join(f"{choice}: {cost(values)}" for choice, values in outcomes.items())
+    plot_losses(folder / "compare.png", curves, outcomes[choice]["bigram"], title)
     checkpoint.write_atomically(folder / "compare.json", json.dumps(outcomes, indent=1).encode())
     summarise(outcomes, time.perf_counter() - began)
     print(f"curves  {folder / 'compare.png'}")
 
 
 def outcome(trainer):
-    """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports: neither compilation nor a busy moment counts."""
+    """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports, the first one left out where there are more:
+    neither compilation nor a busy moment counts, and reports hold no time of validations and checkpoints."""
     records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if "train_loss" in r]
     last = [r["train_loss"] for r in records[-100:]]
+    speeds = [r["tokens_per_s"] for r in records]
     return {
         "run": str(trainer.run),
         "train_loss": sum(last) / len(last),
         "val_loss": trainer.val_loss,
         "bigram": trainer.bigram,
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "tokens_per_s": statistics.median(speeds[trainer.config.log_every :] or speeds),
         "peak_mib": trainer.peak_mib,
     }
+
+
+def cost(values):
+    """Of an outcome, in a few words."""
+    return f"{values['tokens_per_s']:,.0f} tokens/s" + (f", {values['peak_mib']:,.0f} MiB" if values["peak_mib"] else "")
 
 
 def summarise(outcomes, seconds):

@@ -103,6 +103,7 @@ PRESETS = {
         corpus_mb=64.0,
         val_sequences=64,
         checkpoint_every=500,
+        log_every=20,
     ),
 }
 

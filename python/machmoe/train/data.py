@@ -41,13 +41,15 @@ def load_corpus(path, megabytes, context):
     limit = int(megabytes * 2**20)
     text, used = bytearray(), 0
     for file in files:
+        room = limit - len(text)
         try:
-            content = file.read_bytes()
+            with open(file, "rb") as stream:
+                head = stream.read(8192)
+                if b"\0" in head and len(files) > 1:  # not text
+                    continue
+                text += (head + stream.read(room))[:room]
         except OSError as error:
             raise UserError(f"cannot read {file} of the corpus: {error.strerror}") from error
-        if b"\0" in content[:8192] and len(files) > 1:  # not text
-            continue
-        text += content[: limit - len(text)]
         used += 1
         if len(text) >= limit:
             break
@@ -74,26 +76,31 @@ class Batches:
 
     def __init__(self, data, context, batch, seed, device):
         self.data, self.context, self.batch, self.seed = data.to(device), context, batch, seed
+        self.window = torch.arange(context + 1, device=device)
         self.position, self.epoch = 0, -1
         self.per_epoch = (len(data) - context) // context - 1  # windows that fit after any shift
         if self.per_epoch < 1:
             raise UserError(f"the training split has {len(data)} bytes, too few for --context {context}")
 
     def next(self):
-        index = range(self.position, self.position + self.batch)
-        starts = torch.stack([self._start(i) for i in index]).to(self.data.device, non_blocking=True)
-        self.position += self.batch
-        window = self.data[starts.unsqueeze(1) + torch.arange(self.context + 1, device=self.data.device)].long()
+        """The text and the order of an epoch lie on the device: between epochs no byte comes from the host."""
+        parts, missing = [], self.batch
+        while missing:  # an epoch's last batch is filled from the following one
+            parts.append(self._starts()[:missing])
+            missing -= len(parts[-1])
+            self.position += len(parts[-1])
+        window = self.data[torch.cat(parts).unsqueeze(1) + self.window].long()
         return window[:, :-1], window[:, 1:]
 
-    def _start(self, index):
-        epoch, i = divmod(index, self.per_epoch)
+    def _starts(self):
+        """Of the sequences that are left of this epoch."""
+        epoch, i = divmod(self.position, self.per_epoch)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             shift = torch.randint(self.context, (), generator=generator)
-            self.starts = torch.randperm(self.per_epoch, generator=generator) * self.context + shift
+            self.starts = (torch.randperm(self.per_epoch, generator=generator) * self.context + shift).to(self.data.device)
             self.epoch = epoch
-        return self.starts[i]
+        return self.starts[i:]
 
 
 def validation_batches(data, context, sequences, batch, device):

@@ -110,7 +110,7 @@ class Trainer:
         self.step, self.val_loss, self.peak_mib = 0, float("nan"), None
         if state is not None:
             self.restore(state)
-        self.loss = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False) if config.compile else self.model.loss
 
     # ---- state -----------------------------------------------------------------------------------------------------------------
     def state(self):

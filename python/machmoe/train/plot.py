@@ -12,7 +12,7 @@ def smooth(values):
     return [sum(window) / len(window) for i in range(len(values)) for window in [values[max(0, i - half) : i + half + 1]]]
 
 
-def plot_losses(path, runs, bigram):
+def plot_losses(path, runs, bigram, title=""):
     """runs: {label: records of metrics.jsonl}; losses in bits per byte."""
     need("matplotlib").use("Agg")
     plt = need("matplotlib.pyplot")
@@ -29,6 +29,7 @@ def plot_losses(path, runs, bigram):
             axes.plot(*zip(*validation, strict=True), "o--", color=color, markersize=4, label=f"{label}, validation")
     axes.axhline(bigram, color="0.4", linestyle=":", label=f"H(next byte | previous byte) = {bigram:.3f}")
     axes.set(xlabel="step", ylabel="loss, bits per byte")
+    axes.set_title(title, fontsize="medium")
     settled = [r.get("train_loss", r.get("val_loss")) for records in runs.values() for r in records if r["step"] > 20] or [8.0]
     axes.set_ylim(0.9 * min(*settled, bigram), min(8.5, 1.1 * max(*settled, bigram)))
     axes.grid(alpha=0.3)
