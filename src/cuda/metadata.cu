@@ -1,6 +1,6 @@
 // Routing metadata: a stable counting sort of the slots by expert. No host sync; integer counters alone, so no bit depends on timing.
-//   top-K   two launches: the histogram of each block's slots; scan and scatter
-//   lists   one cooperative launch: pairs are first put in (token, expert) order, which makes them the slots of the same sort
+//   top-K   two launches: each slot's rank among the equal ones of its chunk, and the chunk's histogram; then the rows
+//   lists   one cooperative launch puts the pairs in (token, expert) order, which makes them the slots of the same two
 //   rows    one launch: offsets and the work list from counts; ready-made lists also group their rows by token
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -17,15 +17,16 @@ namespace {
 
 constexpr int kWarps = kIndexThreads / 32;
 constexpr int kMaxPerLane = 4;
+constexpr int kScatterBlocks = 128, kWorkBlocks = 4;  // all at once on 132 SMs
 
-// The slots in blocks, in order of warps. A block scatters few slots fast; but all blocks should run at once, and each sums the histograms of all.
-struct Blocks {
+// Consecutive slots that one block ranks: few, for one SM scatters slowly, but the scattering blocks each read all histograms.
+struct Chunks {
   int per_lane, count;
-  Blocks(int64_t slots, int64_t E) {
-    constexpr int64_t kAtOnce = 128, kHistograms = 1 << 15;
+  Chunks(int64_t slots, int64_t E) {
+    constexpr int64_t kHistograms = 1 << 16;
     for (per_lane = 1;; per_lane *= 2) {
       count = static_cast<int>(std::max<int64_t>(1, (slots + kIndexThreads * per_lane - 1) / (kIndexThreads * per_lane)));
-      if (per_lane == kMaxPerLane || (count <= kAtOnce && count * E <= kHistograms)) return;
+      if (per_lane == kMaxPerLane || (count <= kScatterBlocks && count * E <= kHistograms)) return;
     }
   }
 };
@@ -33,19 +34,33 @@ struct Blocks {
 struct SortParams {
   int64_t slots;  // = R_cap
   int E;
-  Blocks blocks;
-  int* histogram;  // [blocks][E]
+  Chunks chunks;
+  uint16_t* histogram;  // [chunks][E rounded up to 2]
+  uint16_t* rank;       // [slots] among the slots of the same chunk and expert
   Routing out;
   WorkList work;
   int* order;  // optional
 };
+extern __shared__ int shared_memory[];
 
+// Slot i of this lane: those of a warp are consecutive.
+__device__ int64_t slot_of(int per_lane, int chunk, int i) {
+  return (int64_t{chunk} * kIndexThreads + threadIdx.x / 32 * 32) * per_lane + i * 32 + threadIdx.x % 32;
+}
+// The expert of a slot; E: dropped.
+template <class Id>
+__device__ int expert_of_slot(const SortParams& p, const Id* ids, int64_t slot) {
+  const uint64_t id = slot < p.slots ? static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) : ~uint64_t{0};
+  return id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;  // a negative id is a huge one
+}
+
+// ---- ranks and histograms --------------------------------------------------------------------------------------------------------
 // How often each expert occurs in each warp's slots: bytes (a warp has at most 128 slots), those of an expert side by side. The odd pitch of 9 words
 // spreads experts over the banks.
 class WarpCounters {
  public:
-  static constexpr int kWords = kWarps / 4, kPitch = kWords + 1;
-  static constexpr int64_t ints(int64_t E) { return kPitch * E; }
+  static constexpr int kPitch = kWarps / 4 + 1;
+  static size_t bytes(int64_t E) { return sizeof(int) * static_cast<size_t>(kPitch * E); }
   __device__ explicit WarpCounters(int* memory) : words_(reinterpret_cast<unsigned*>(memory)) {}
   __device__ void clear(int E) const {
     for (int i = threadIdx.x; i < kPitch * E; i += kIndexThreads) words_[i] = 0;
@@ -53,37 +68,15 @@ class WarpCounters {
   __device__ uint8_t& at(int e, int warp) const { return reinterpret_cast<uint8_t*>(words_ + kPitch * e)[warp]; }
   // The sum over the first `warps` warps.
   __device__ int sum(int e, int warps) const {
-    unsigned total = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; i++) {
-      const int bytes = min(max(warps - 4 * i, 0), 4);
-      const unsigned ones = static_cast<unsigned>(0x01010101ull & ((1ull << 8 * bytes) - 1));
-      total = __dp4a(words_[kPitch * e + i], ones, total);
-    }
+    const unsigned* words = words_ + kPitch * e;
+    unsigned total = __dp4a(words[warps / 4] & ((1u << warps % 4 * 8) - 1), 0x01010101u, 0u);
+    for (int i = 0; i < warps / 4; i++) total = __dp4a(words[i], 0x01010101u, total);
     return static_cast<int>(total);
   }
 
  private:
   unsigned* words_;
 };
-
-struct SortMemory {
-  ExpertScan scan;
-  int* before;  // [E] rows of earlier blocks
-  int* total;   // [E] rows of all blocks; lies in scan.tiles, which is written later
-  WarpCounters counters;
-  __device__ SortMemory(int E, int* memory) : scan(memory, E), before(memory + ExpertScan::ints(E)), total(scan.tiles), counters(before + E) {}
-  static size_t bytes(int64_t E) { return sizeof(int) * static_cast<size_t>(ExpertScan::ints(E) + E + WarpCounters::ints(E)); }
-};
-extern __shared__ int shared_memory[];
-
-// The experts of this lane's slots (E: dropped) and their ranks among the equal ones of the warp.
-struct LaneSlots {
-  int expert[kMaxPerLane], rank[kMaxPerLane];
-};
-__device__ int64_t slot_of(int per_lane, int block, int i) {
-  return (int64_t{block} * kIndexThreads + threadIdx.x / 32 * 32) * per_lane + i * 32 + threadIdx.x % 32;
-}
 
 // The lanes whose value, below 2^bits, is the same as this lane's: a ballot a bit, which is several times faster than match.any.
 __device__ inline unsigned same_value(int value, int bits) {
@@ -97,103 +90,179 @@ __device__ inline unsigned same_value(int value, int bits) {
 }
 
 template <class Id>
-__device__ LaneSlots count_slots(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
-  m.counters.clear(p.E);
-  LaneSlots slots;
+__global__ void __launch_bounds__(kIndexThreads, 1) rank_kernel(SortParams p, const Id* ids) {
+  const WarpCounters counters(shared_memory);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunk = blockIdx.x, per_lane = p.chunks.per_lane, bits = 32 - __clz(p.E);
+  int expert[kMaxPerLane], rank[kMaxPerLane];
 #pragma unroll
-  for (int i = 0; i < kMaxPerLane; i++) {
-    if (i == p.blocks.per_lane) break;
-    const int64_t slot = slot_of(p.blocks.per_lane, block, i);
-    const uint64_t id = slot < p.slots ? static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) : ~uint64_t{0};
-    slots.expert[i] = id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;  // a negative id is a huge one
-  }
+  for (int i = 0; i < kMaxPerLane; i++)
+    if (i < per_lane) expert[i] = expert_of_slot(p, ids, slot_of(per_lane, chunk, i));
+  counters.clear(p.E);
   __syncthreads();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bits = 32 - __clz(p.E);
 #pragma unroll
   for (int i = 0; i < kMaxPerLane; i++) {
-    if (i == p.blocks.per_lane) break;
-    const int e = slots.expert[i];
+    if (i == per_lane) break;
+    const int e = expert[i];
     const unsigned same = same_value(e, bits);
-    const int below = __popc(same & ((1u << lane) - 1)), before = e < p.E ? m.counters.at(e, warp) : 0;
+    const int below = __popc(same & ((1u << lane) - 1)), before = e < p.E ? counters.at(e, warp) : 0;
     __syncwarp();
-    if (below == 0 && e < p.E) m.counters.at(e, warp) = static_cast<uint8_t>(before + __popc(same));
+    if (below == 0 && e < p.E) counters.at(e, warp) = static_cast<uint8_t>(before + __popc(same));
     __syncwarp();
-    slots.rank[i] = before + below;
+    rank[i] = before + below;
   }
   __syncthreads();
-  return slots;
-}
-template <class Id>
-__device__ void histogram_phase(const SortParams& p, const SortMemory& m, const Id* ids, int block) {
-  count_slots(p, m, ids, block);
-  for (int e = threadIdx.x; e < p.E; e += kIndexThreads) p.histogram[int64_t{block} * p.E + e] = m.counters.sum(e, kWarps);
-  __syncthreads();
-}
-
-// Sums the histograms of all blocks and of those before this one; several threads share an expert.
-__device__ inline void sum_histograms(const SortParams& p, const SortMemory& m, int block, int blocks) {
-  for (int e = threadIdx.x; e < p.E; e += kIndexThreads) m.before[e] = m.total[e] = 0;
-  __syncthreads();
-  const int width = min((p.E + 31) / 32 * 32, kIndexThreads), groups = kIndexThreads / width, group = threadIdx.x / width;
-  for (int e = threadIdx.x % width; e < p.E && group < groups; e += width) {
-    int before = 0, total = 0;
-#pragma unroll 8
-    for (int b = group; b < blocks; b += groups) {
-      const int n = p.histogram[int64_t{b} * p.E + e];
-      total += n;
-      before += b < block ? n : 0;
-    }
-    atomicAdd(m.before + e, before);
-    atomicAdd(m.total + e, total);
-  }
-  __syncthreads();
-}
-
-// put(slot, row) for every kept slot of this block; a dropped one gets inverse -1.
-template <class Id, class Put>
-__device__ void scatter_phase(const SortParams& p, SortMemory& m, const Id* ids, int block, Put put) {
-  const int blocks = p.blocks.count;
-  sum_histograms(p, m, block, blocks);
-  m.scan.run(p.E, p.slots, [&](int e) { return m.total[e]; });
-  write_work(m.scan, p.E, block, blocks, p.out.counts, p.out.offsets, p.work);
-  const LaneSlots slots = count_slots(p, m, ids, block);
 #pragma unroll
-  for (int i = 0; i < kMaxPerLane; i++) {
-    if (i == p.blocks.per_lane) break;
-    const int64_t slot = slot_of(p.blocks.per_lane, block, i);
-    if (slot >= p.slots) continue;
-    const int e = slots.expert[i];
-    if (e == p.E) {
-      p.out.inverse[slot] = -1;
-      continue;
-    }
-    const int row = m.scan.rows[e] + m.before[e] + m.counters.sum(e, threadIdx.x / 32) + slots.rank[i];
-    p.out.inverse[slot] = row;
-    if (p.out.expert) p.out.expert[row] = e;
-    put(slot, row);
+  for (int i = 0; i < kMaxPerLane; i++)
+    if (i < per_lane && expert[i] < p.E) p.rank[slot_of(per_lane, chunk, i)] = static_cast<uint16_t>(counters.sum(expert[i], warp) + rank[i]);
+  const int pitch = (p.E + 1) / 2 * 2;
+  for (int e = threadIdx.x; e < pitch; e += kIndexThreads)
+    p.histogram[int64_t{chunk} * pitch + e] = static_cast<uint16_t>(e < p.E ? counters.sum(e, kWarps) : 0);
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------------------
+// Sums the histograms of all chunks and of those before chunk `first`, into [E rounded up to 2]; several threads share two experts.
+__device__ inline void sum_histograms(const SortParams& p, int first, int* before, int* total) {
+  constexpr int kLoads = 8;
+  const int pairs = (p.E + 1) / 2, width = min((pairs + 31) / 32 * 32, kIndexThreads), groups = kIndexThreads / width, group = threadIdx.x / width;
+  for (int e = threadIdx.x; e < 2 * pairs; e += kIndexThreads) before[e] = total[e] = 0;
+  __syncthreads();
+  const auto* histogram = reinterpret_cast<const ushort2*>(p.histogram);
+  for (int pair = threadIdx.x % width; pair < pairs && group < groups; pair += width) {
+    int2 early{}, all{};
+    for (int base = group; base < p.chunks.count; base += kLoads * groups)
+#pragma unroll
+      for (int i = 0; i < kLoads; i++) {
+        const int chunk = base + i * groups;
+        const ushort2 n = chunk < p.chunks.count ? histogram[int64_t{chunk} * pairs + pair] : ushort2{};
+        all.x += n.x, all.y += n.y;
+        if (chunk < first) early.x += n.x, early.y += n.y;
+      }
+    atomicAdd(before + 2 * pair, early.x);
+    atomicAdd(before + 2 * pair + 1, early.y);
+    atomicAdd(total + 2 * pair, all.x);
+    atomicAdd(total + 2 * pair + 1, all.y);
   }
-  for (int64_t row = m.scan.rows[p.E] + int64_t{block} * kIndexThreads + threadIdx.x; row < p.slots; row += int64_t{blocks} * kIndexThreads) {
+  __syncthreads();
+}
+
+// The arrays of a scattering block.
+struct ScatterMemory {
+  int *before, *total;  // [E rounded up to 2] rows of earlier chunks, of all
+  int* start;           // [E] rows of lower experts in this chunk: the chunk is sorted in shared memory first, so that runs of rows leave together
+  int* shift;           // [E] from there to the routing's rows
+  unsigned* item;       // [slots of a chunk] expert and slot
+  float* score;         // [slots of a chunk]
+  static constexpr int64_t pitch(int64_t E) { return (E + 1) / 2 * 2; }
+  __device__ ScatterMemory(int* memory, int E, int chunk_slots)
+      : before(memory),
+        total(before + pitch(E)),
+        start(total + pitch(E)),
+        shift(start + pitch(E)),
+        item(reinterpret_cast<unsigned*>(shift + pitch(E))),
+        score(reinterpret_cast<float*>(item + chunk_slots)) {}
+  static size_t bytes(int64_t E, const Chunks& chunks) {
+    return sizeof(int) * static_cast<size_t>(std::max(4 * pitch(E) + 2 * chunks.per_lane * kIndexThreads, ExpertScan::ints(E)));
+  }
+};
+
+// Source: token, score and order of a slot.
+template <class Id, class Source>
+__global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p, const Id* ids, Source source) {
+  const int blocks = static_cast<int>(gridDim.x) - kWorkBlocks, block = static_cast<int>(blockIdx.x) - kWorkBlocks, count = p.chunks.count;
+  if (block < 0) {
+    ExpertScan scan(shared_memory, p.E);
+    sum_histograms(p, 0, scan.pairs, scan.tiles);  // both are written later
+    scan.run(p.E, p.slots, [&](int e) { return scan.tiles[e]; });
+    write_work(scan, p.E, blockIdx.x, kWorkBlocks, p.out.counts, p.out.offsets, p.work);
+    return;
+  }
+  using Scan = cub::BlockScan<uint64_t, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage storage;
+  const int per_lane = p.chunks.per_lane, chunk_slots = per_lane * kIndexThreads;
+  const ScatterMemory m(shared_memory, p.E, chunk_slots);
+  int expert[kMaxPerLane], rank[kMaxPerLane];
+  float score[kMaxPerLane];
+  const auto load = [&](int chunk) {
+#pragma unroll
+    for (int i = 0; i < kMaxPerLane; i++) {
+      if (i == per_lane) break;
+      const int64_t slot = slot_of(per_lane, chunk, i);
+      expert[i] = expert_of_slot(p, ids, slot);
+      rank[i] = slot < p.slots ? p.rank[slot] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxPerLane; i++) {
+      if (i == per_lane) break;
+      score[i] = expert[i] < p.E ? source.score(slot_of(per_lane, chunk, i)) : 0.f;
+    }
+  };
+  const int first = static_cast<int>(int64_t{count} * block / blocks), end = static_cast<int>(int64_t{count} * (block + 1) / blocks);
+  load(first);
+  sum_histograms(p, first, m.before, m.total);
+  int rows = 0;  // R
+  for (int chunk = first; chunk < end; chunk++) {
+    uint64_t sum[kItems], sums;  // rows of the expert above those in this chunk
+    int own[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int e = static_cast<int>(threadIdx.x) * kItems + i;
+      own[i] = e < p.E ? p.histogram[chunk * ScatterMemory::pitch(p.E) + e] : 0;
+      sum[i] = e < p.E ? uint64_t(static_cast<unsigned>(m.total[e])) << 32 | static_cast<unsigned>(own[i]) : 0;
+    }
+    Scan(storage).ExclusiveSum(sum, sum, sums);
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int e = static_cast<int>(threadIdx.x) * kItems + i, start = static_cast<int>(static_cast<unsigned>(sum[i]));
+      if (e >= p.E) break;
+      m.start[e] = start;
+      m.shift[e] = static_cast<int>(sum[i] >> 32) + m.before[e] - start;
+      m.before[e] += own[i];
+    }
+    __syncthreads();
+    const int64_t base = int64_t{chunk} * chunk_slots;
+#pragma unroll
+    for (int i = 0; i < kMaxPerLane; i++) {
+      if (i == per_lane) break;
+      const int64_t slot = slot_of(per_lane, chunk, i);
+      const int e = expert[i];
+      if (slot >= p.slots) break;
+      if (e == p.E) {
+        p.out.inverse[slot] = -1;
+        continue;
+      }
+      const int at = m.start[e] + rank[i];
+      p.out.inverse[slot] = m.shift[e] + at;
+      m.item[at] = static_cast<unsigned>(e) << 16 | static_cast<unsigned>(slot - base);
+      m.score[at] = score[i];
+    }
+    __syncthreads();
+    if (chunk + 1 < end) load(chunk + 1);
+    for (int at = threadIdx.x; at < static_cast<int>(static_cast<unsigned>(sums)); at += kIndexThreads) {
+      const unsigned item = m.item[at];
+      const int e = static_cast<int>(item >> 16), row = m.shift[e] + at;
+      const int64_t slot = base + (item & 0xFFFFu);
+      p.out.token[row] = source.token(slot);
+      if (p.out.expert) p.out.expert[row] = e;
+      if (p.out.score) static_cast<float*>(p.out.score)[row] = m.score[at];
+      if (p.order) p.order[row] = source.order(slot);
+    }
+    rows = static_cast<int>(sums >> 32);
+    __syncthreads();
+  }
+  for (int64_t row = rows + int64_t{block} * kIndexThreads + threadIdx.x; row < p.slots; row += int64_t{blocks} * kIndexThreads) {
     clear_row(p.out, row);
     if (p.order) p.order[row] = -1;
   }
-  __syncthreads();
 }
 
-// ---- top-K ---------------------------------------------------------------------------------------------------------------------
-template <class Id>
-__global__ void __launch_bounds__(kIndexThreads, 1) topk_histogram_kernel(SortParams p, const Id* ids) {
-  const SortMemory m(p.E, shared_memory);
-  histogram_phase(p, m, ids, blockIdx.x);
-}
-template <class Id, class Weight>
-__global__ void __launch_bounds__(kIndexThreads, 1) topk_scatter_kernel(SortParams p, const Id* ids, const Weight* weights, unsigned K) {
-  SortMemory m(p.E, shared_memory);
-  scatter_phase(p, m, ids, blockIdx.x, [&](int64_t slot, int row) {
-    p.out.token[row] = static_cast<int>(static_cast<unsigned>(slot) / K);
-    static_cast<float*>(p.out.score)[row] = static_cast<float>(weights[slot]);
-    if (p.order) p.order[row] = static_cast<int>(slot);
-  });
-}
+template <class Weight>
+struct TopkSource {
+  const Weight* weights;
+  unsigned K;
+  __device__ int token(int64_t slot) const { return static_cast<int>(static_cast<unsigned>(slot) / K); }
+  __device__ float score(int64_t slot) const { return static_cast<float>(weights[slot]); }
+  __device__ int order(int64_t slot) const { return static_cast<int>(slot); }
+};
 
 // ---- grouping by token ---------------------------------------------------------------------------------------------------------
 struct TokenGroups {
@@ -265,11 +334,11 @@ __device__ void group_by_token(const cooperative_groups::grid_group& grid, const
 
 // ---- lists ---------------------------------------------------------------------------------------------------------------------
 struct ListsParams {
-  SortParams sort;
+  int64_t items;  // = R_cap
+  int E;
   TokenGroups groups;
   const void *tokens, *experts;
-  const float* scores;               // optional
-  int *slot_expert, *slot_position;  // [slots] in (token, expert) order
+  int *slot_expert, *slot_position;  // [items] in (token, expert) order; the expert of an empty slot is E
 };
 
 template <class Id>
@@ -277,34 +346,31 @@ __global__ void __launch_bounds__(kIndexThreads, 1) lists_kernel(ListsParams p) 
   const auto grid = cooperative_groups::this_grid();
   const auto* tokens = static_cast<const Id*>(p.tokens);
   const auto* experts = static_cast<const Id*>(p.experts);
-  const int64_t slots = p.sort.slots;
-  SortMemory m(p.sort.E, shared_memory);
-  for (int64_t i = int64_t{blockIdx.x} * kIndexThreads + threadIdx.x; i < slots; i += int64_t{gridDim.x} * kIndexThreads) p.slot_expert[i] = p.sort.E;
+  for (int64_t i = int64_t{blockIdx.x} * kIndexThreads + threadIdx.x; i < p.items; i += int64_t{gridDim.x} * kIndexThreads) p.slot_expert[i] = p.E;
   group_by_token(
-      grid, p.groups, slots,
+      grid, p.groups, p.items,
       [&](int64_t i) -> int64_t {
         const int64_t t = tokens[i], e = experts[i];
-        return static_cast<uint64_t>(e) < static_cast<uint64_t>(p.sort.E) && static_cast<uint64_t>(t) < static_cast<uint64_t>(p.groups.T) ? t : -1;
+        return static_cast<uint64_t>(e) < static_cast<uint64_t>(p.E) && static_cast<uint64_t>(t) < static_cast<uint64_t>(p.groups.T) ? t : -1;
       },
       [&](int a, int b) { return experts[a] < experts[b] || (experts[a] == experts[b] && a < b); },
       [&](int position, int slot) {
         p.slot_expert[slot] = static_cast<int>(experts[position]);
         p.slot_position[slot] = position;
       });
-  grid.sync();
-  const int blocks = p.sort.blocks.count;
-  for (int block = blockIdx.x; block < blocks; block += gridDim.x) histogram_phase(p.sort, m, p.slot_expert, block);
-  grid.sync();
-  for (int block = blockIdx.x; block < blocks; block += gridDim.x)
-    scatter_phase(p.sort, m, p.slot_expert, block, [&](int64_t slot, int row) {
-      const int position = p.slot_position[slot];
-      p.sort.out.token[row] = static_cast<int>(tokens[position]);
-      if (p.scores) static_cast<float*>(p.sort.out.score)[row] = p.scores[position];
-      if (p.sort.order) p.sort.order[row] = position;
-    });
 }
 
-// ---- rows ----------------------------------------------------------------------------------------------------------------------
+template <class Id>
+struct ListSource {
+  const Id* tokens;
+  const float* scores;  // optional
+  const int* position;
+  __device__ int token(int64_t slot) const { return static_cast<int>(tokens[position[slot]]); }
+  __device__ float score(int64_t slot) const { return scores ? scores[position[slot]] : 0.f; }
+  __device__ int order(int64_t slot) const { return position[slot]; }
+};
+
+// ---- counts ready ----------------------------------------------------------------------------------------------------------------
 __device__ void rows_phase(const Routing& r, const WorkList& work, int E, int64_t R_cap) {
   ExpertScan scan(shared_memory, E);
   scan.run(E, R_cap, [&](int e) { return max(r.counts[e], 0); });
@@ -341,13 +407,15 @@ void launch_cooperative(void (*kernel)(Args...), int64_t items, size_t smem, Str
 }
 
 struct Scratch {
-  int* histogram;
+  uint16_t *histogram, *rank;
   int *cursor, *sums, *bucket, *slot_expert, *slot_position;  // lists
 };
 Scratch book(const Shape& s, Workspace& ws) {
   constexpr int kMaxGrid = 1024;  // SMs of any device
   Scratch b{};
-  if (s.kind != RoutingKind::Rows) b.histogram = ws.take<int>(int64_t{Blocks(s.R_cap, s.E).count} * s.E);
+  if (s.kind == RoutingKind::Rows) return b;
+  b.histogram = ws.take<uint16_t>(Chunks(s.R_cap, s.E).count * ScatterMemory::pitch(s.E));
+  b.rank = ws.take<uint16_t>(s.R_cap);
   if (s.kind != RoutingKind::Lists) return b;
   b.cursor = ws.take<int>(s.T);
   b.sums = ws.take<int>(kMaxGrid);
@@ -370,6 +438,18 @@ void dispatch_weights(DType dtype, F&& f) {
   else f(float{});
 }
 
+// The two launches of the sort.
+template <class Id, class Source>
+void launch_sort(const SortParams& p, const Id* ids, const Source& source, Stream stream) {
+  const size_t rank_smem = WarpCounters::bytes(p.E), scatter_smem = ScatterMemory::bytes(p.E, p.chunks);
+  allow_smem(rank_kernel<Id>, rank_smem);
+  allow_smem(scatter_kernel<Id, Source>, scatter_smem);
+  rank_kernel<Id><<<static_cast<unsigned>(p.chunks.count), kIndexThreads, rank_smem, stream_of(stream)>>>(p, ids);
+  const auto blocks = static_cast<unsigned>(std::min(p.chunks.count, kScatterBlocks) + kWorkBlocks);
+  scatter_kernel<Id, Source><<<blocks, kIndexThreads, scatter_smem, stream_of(stream)>>>(p, ids, source);
+  MACHMOE_CUDA_CALL(cudaGetLastError());
+}
+
 }  // namespace
 
 size_t index_scratch(const Shape& s) {
@@ -382,23 +462,14 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
   Workspace ws(a.scratch);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), Blocks(s.R_cap, s.E), book(s, ws).histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E),
-                     a.order};
-  const auto blocks = static_cast<unsigned>(p.blocks.count);
-  const size_t smem = SortMemory::bytes(s.E);
+  const Scratch b = book(s, ws);
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order};
   dispatch_ids(a.ids_dtype, [&](auto id) {
-    using Id = decltype(id);
-    const auto* ids = static_cast<const Id*>(a.ids);
-    allow_smem(topk_histogram_kernel<Id>, smem);
-    topk_histogram_kernel<Id><<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids);
     dispatch_weights(a.weights_dtype, [&](auto weight) {
-      using Weight = decltype(weight);
-      allow_smem(topk_scatter_kernel<Id, Weight>, smem);
-      topk_scatter_kernel<Id, Weight>
-          <<<blocks, kIndexThreads, smem, stream_of(stream)>>>(p, ids, static_cast<const Weight*>(a.weights), static_cast<unsigned>(s.K));
+      const TopkSource<decltype(weight)> source{static_cast<const decltype(weight)*>(a.weights), static_cast<unsigned>(s.K)};
+      launch_sort(p, static_cast<const decltype(id)*>(a.ids), source, stream);
     });
   });
-  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 void index_lists(const IndexListsArgs& a, Stream stream) {
@@ -411,16 +482,15 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   }
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const ListsParams p{{s.R_cap, static_cast<int>(s.E), Blocks(s.R_cap, s.E), b.histogram, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order},
-                      token_groups(s, a.out, b),
-                      a.token_ids,
-                      a.expert_ids,
-                      static_cast<const float*>(a.scores),
-                      b.slot_expert,
-                      b.slot_position};
-  ListsParams q = p;
-  if (!a.scores) q.sort.out.score = nullptr;  // left alone, also past R
-  dispatch_ids(a.ids_dtype, [&](auto id) { launch_cooperative(lists_kernel<decltype(id)>, s.R_cap, SortMemory::bytes(s.E), stream, q); });
+  const ListsParams lists{s.R_cap, static_cast<int>(s.E), token_groups(s, a.out, b), a.token_ids, a.expert_ids, b.slot_expert, b.slot_position};
+  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order};
+  if (!a.scores) sort.out.score = nullptr;  // left alone, also past R
+  dispatch_ids(a.ids_dtype, [&](auto id) {
+    using Id = decltype(id);
+    launch_cooperative(lists_kernel<Id>, s.R_cap, 0, stream, lists);
+    const ListSource<Id> source{static_cast<const Id*>(a.token_ids), static_cast<const float*>(a.scores), b.slot_position};
+    launch_sort(sort, b.slot_expert, source, stream);
+  });
 }
 
 void index_rows(const IndexRowsArgs& a, Stream stream) {

@@ -12,9 +12,12 @@ constexpr unsigned kAllLanes = ~0u;
 
 // Monotone in x, above 0; -0 ranks as 0 and NaN as infinity, as on the CPU.
 __device__ inline uint32_t order_key(float x) {
-  if (x != x) x = __int_as_float(0x7f800000);
-  const uint32_t bits = __float_as_uint(x + 0.f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const int bits = __float_as_int(fminf(x, __int_as_float(0x7f800000)) + 0.f);  // the minimum of NaN and a number is the number
+  return static_cast<uint32_t>(bits ^ (bits >> 31 | INT_MIN));
+}
+__device__ inline float value_of(uint32_t order_key) {
+  const int key = static_cast<int>(order_key);
+  return __int_as_float(key ^ (~(key >> 31) | INT_MIN));
 }
 
 __device__ inline float warp_sum(float v) {
@@ -31,45 +34,106 @@ __device__ inline float warp_max(float v) {  // NaN wins
   return v;
 }
 
-// The best of 32 kPerLane candidates, ties to the lower index; candidate j of a lane has index 32 j + lane. Key 0: none.
-// Every lane sorts its own once; then the best of all is the best of the lanes' first.
-template <int kPerLane>
-struct WarpSelect {
-  uint32_t key[kPerLane];
-  int index[kPerLane];
+// e^x for x <= 0 by the special function unit: relative error below 1e-6 where the result matters (x > -10), 0 below 2^-126.
+__device__ inline float exp_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
+  return y;
+}
+// 1 / x for x >= 1, within 1 ulp.
+__device__ inline float inverse_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
-  // Adjacent transpositions: equal keys keep their order.
-  __device__ void sort(int lane) {
-#pragma unroll
-    for (int j = 0; j < kPerLane; j++) index[j] = j * 32 + lane;
-#pragma unroll
-    for (int round = 0; round < kPerLane; round++)
-#pragma unroll
-      for (int j = round % 2; j + 1 < kPerLane; j += 2) {
-        const bool swap = key[j] < key[j + 1];
-        const uint32_t high = swap ? key[j + 1] : key[j];
-        const int first = swap ? index[j + 1] : index[j];
-        key[j + 1] = swap ? key[j] : key[j + 1];
-        index[j + 1] = swap ? index[j] : index[j + 1];
-        key[j] = high;
-        index[j] = first;
-      }
-  }
-  // Takes the best candidate out and returns its index, the same in all lanes.
-  __device__ int take() {
-    const uint32_t top = __reduce_max_sync(kAllLanes, key[0]);
-    const unsigned holders = __ballot_sync(kAllLanes, key[0] == top);
-    const int best = holders & (holders - 1) ? __reduce_min_sync(kAllLanes, key[0] == top ? index[0] : INT_MAX)
-                                             : __shfl_sync(kAllLanes, index[0], __ffs(holders) - 1);
-    const bool mine = key[0] == top && index[0] == best;
-#pragma unroll
-    for (int j = 0; j + 1 < kPerLane; j++) {
-      key[j] = mine ? key[j + 1] : key[j];
-      index[j] = mine ? index[j + 1] : index[j];
-    }
-    key[kPerLane - 1] = mine ? 0u : key[kPerLane - 1];
-    return best;
-  }
+// n - (a < b), by the borrow of a subtraction: the compiler needs one instruction more for it.
+__device__ inline void drop_if_less(int& n, uint32_t a, uint32_t b) {
+  asm("{.reg .u32 t; sub.cc.u32 t, %1, %2; subc.u32 %0, %0, 0;}" : "+r"(n) : "r"(a), "r"(b));
+}
+__device__ inline void drop_if_less(int& n, uint64_t a, uint64_t b) {
+  asm("{.reg .u64 t; sub.cc.u64 t, %1, %2; subc.u32 %0, %0, 0;}" : "+r"(n) : "l"(a), "l"(b));
+}
+
+// One of the best K keys of a warp, in any lane; rank < K says that the lane has one.
+struct Selected {
+  uint32_t key;
+  int index, rank;
 };
+constexpr int kMaxSelected = 16;  // K of select_best
+
+// The best K of 32 kPerLane keys, ties to the lower index; key[j] of a lane has index 32 j + lane. Key 0: none, and at least K are others.
+// The K-th largest of the lanes' own best keys is a bound that few more than K keys reach. Those move to one lane each and count how many are better.
+// All lanes of the warp call it; `memory` is the warp's own.
+template <int kPerLane>
+__device__ Selected select_best(const uint32_t (&key)[kPerLane], int K, int lane, ulonglong2 (&memory)[16]) {
+  uint32_t best = key[0];
+#pragma unroll
+  for (int j = 1; j < kPerLane; j++) best = max(best, key[j]);
+  uint32_t head = (best & ~31u) | (31u - lane);  // different in every lane
+  uint32_t bound;
+  int left = K;
+#pragma unroll 1
+  do {  // an odd K takes one more: a lower bound
+    bound = __reduce_max_sync(kAllLanes, head);
+    head = head == bound ? 0u : head;
+    bound = __reduce_max_sync(kAllLanes, head);
+    head = head == bound ? 0u : head;
+    left -= 2;
+  } while (left > 0);
+  bound = max(bound & ~31u, 1u);
+
+  int own = kPerLane;
+#pragma unroll
+  for (int j = 0; j < kPerLane; j++) drop_if_less(own, key[j], bound);
+  const int total = __reduce_add_sync(kAllLanes, own);
+  if (total > 32) {  // many equal keys: K times the best after the last one
+    Selected mine{0, 0, kMaxSelected};
+    uint32_t last = ~0u;
+    int last_index = -1;
+#pragma unroll 1
+    for (int k = 0; k < K; k++) {
+      uint32_t next = 0;
+      int index = INT_MAX;
+#pragma unroll
+      for (int j = 0; j < kPerLane; j++) {
+        const int i = j * 32 + lane;
+        if (key[j] > next && (key[j] < last || (key[j] == last && i > last_index))) next = key[j], index = i;
+      }
+      last = __reduce_max_sync(kAllLanes, next);
+      last_index = __reduce_min_sync(kAllLanes, next == last ? index : INT_MAX);
+      if (lane == k) mine = {last, last_index, k};
+    }
+    return mine;
+  }
+  auto* const candidates = reinterpret_cast<uint64_t*>(memory);
+  int place = own;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, place, i);
+    place += lane >= i ? before : 0;
+  }
+  uint64_t* to = candidates + (place - own);
+  candidates[lane] = 0;
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kPerLane; j++)
+    if (key[j] >= bound) *to++ = uint64_t{key[j]} << 32 | ~static_cast<unsigned>(j * 32 + lane);
+  __syncwarp();
+  const uint64_t mine = candidates[lane];
+  int better = 0;  // below 0
+  const ulonglong2 *others = memory, *end = memory + (total + 1) / 2;
+#pragma unroll 1
+  do {
+    const ulonglong2 a = others[0], b = others[1];
+    drop_if_less(better, mine, a.x);
+    drop_if_less(better, mine, a.y);
+    drop_if_less(better, mine, b.x);
+    drop_if_less(better, mine, b.y);
+    others += 2;
+  } while (others < end);
+  __syncwarp();
+  return {static_cast<uint32_t>(mine >> 32), static_cast<int>(~static_cast<unsigned>(mine)), -better};
+}
 
 }  // namespace machmoe::cuda

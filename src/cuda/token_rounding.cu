@@ -66,6 +66,7 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
+  __shared__ ulonglong2 memory[kPerLane > 8 ? 16 : 32][16];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
   const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
   uint32_t* row = tile_keys + warp * pitch;
@@ -75,20 +76,17 @@ __global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(cons
   };
   if (t < p.T) {
     if constexpr (kPerLane > 0) {
-      WarpSelect<kPerLane> select;
+      uint32_t key[kPerLane];
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) {
         const int e = j * 32 + lane;
-        const uint32_t key = e < p.E ? load(e) : 0u;
-        if (e < p.E) row[e] = key;
-        select.key[j] = e < p.E ? key + 1 : 0u;
+        const uint32_t score = e < p.E ? load(e) : 0u;
+        if (e < p.E) row[e] = score;
+        key[j] = e < p.E ? score + 1 : 0u;
       }
-      select.sort(lane);
       __syncwarp();
-      for (int k = 0; k < p.K; k++) {
-        const int e = select.take();
-        if (lane == 0) row[e] |= kChosen;
-      }
+      const Selected mine = select_best(key, p.K, lane, memory[warp]);
+      if (mine.rank < p.K) row[mine.index] |= kChosen;
     } else {
       for (int e = lane; e < p.E; e += 32) row[e] = load(e);
       __syncwarp();

@@ -22,73 +22,71 @@ struct TopkParams {
   const Logit* logits;
   int* ids;
   float* weights;
+  int* finished;       // set to 0 for topk_sum_kernel
   int* block_counts;   // [blocks][E]
   float* block_probs;  // [blocks][E] sums of the softmax over all experts; null: no aux
 };
 
 // ---- E <= 512, K <= 16: a warp per token, everything in registers ------------------------------------------------------------
-constexpr int kWarps = 16;
-constexpr int kSmallE = 512, kSmallK = 16;
+// 16 kPerLane < E <= 32 kPerLane, or E <= 32.
+// Two blocks on an SM, with as many warps as their registers allow.
+constexpr int kSmallE = 512;
+constexpr int token_warps(int per_lane) { return per_lane <= 4 ? 24 : per_lane == 8 ? 18 : 12; }
 
 template <int kPerLane, class Logit>
-__global__ void __launch_bounds__(32 * kWarps) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
-  __shared__ int count_sum[kSmallE];
-  __shared__ float prob_sum[kWarps][32];
+__global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  constexpr int kWarps = token_warps(kPerLane), kColumns = 32 * kPerLane;
+  __shared__ ulonglong2 memory[kWarps][16];
+  __shared__ float prob_sum[kWarps][kColumns];
+  __shared__ int count_sum[kColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) count_sum[e] = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.finished = 0;
+  for (int e = threadIdx.x; e < kColumns; e += 32 * kWarps) count_sum[e] = 0;
   __syncthreads();
   const bool all = p.over_all || p.block_probs;
   float probs[kPerLane] = {};
-  for (int64_t t = int64_t{blockIdx.x} * kWarps + warp; t < p.T; t += int64_t{gridDim.x} * kWarps) {
-    const Logit* row = p.logits + t * p.E;
+  const auto T = static_cast<unsigned>(p.T);
+  for (unsigned first = blockIdx.x; first < T; first += kWarps * gridDim.x) {  // as many turns in every warp
+    const unsigned own = first + warp * gridDim.x;
+    const bool valid = own < T;
+    const unsigned t = valid ? own : first;
+    const Logit* row = p.logits + uint64_t{t} * p.E + lane;
     float x[kPerLane];
-    WarpSelect<kPerLane> select;
+    uint32_t key[kPerLane];
 #pragma unroll
-    for (int j = 0; j < kPerLane; j++) {
-      const int e = j * 32 + lane;
-      x[j] = e < p.E ? static_cast<float>(row[e]) : -INFINITY;
-      select.key[j] = e < p.E ? order_key(x[j]) : 0;
-    }
-    select.sort(lane);
-    int id = 0;  // of the selected expert `lane`
-    for (int k = 0; k < p.K; k++) {
-      const int e = select.take();
-      if (lane == k) id = e;
-    }
-    const bool selected = lane < p.K;
-    const float mine = static_cast<float>(row[id]);
-    const float top = __shfl_sync(kAllLanes, mine, 0);
-    float weight = selected ? expf(mine - top) : 0.f;
+    for (int j = 0; j < kPerLane; j++) x[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? static_cast<float>(row[j * 32]) : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kPerLane; j++) key[j] = order_key(x[j]);  // those past E are last: no real one ranks below -infinity or has a higher index
+    const Selected mine = select_best(key, p.K, lane, memory[warp]);
+    const bool selected = mine.rank < p.K;
+    const float top = value_of(__reduce_max_sync(kAllLanes, mine.key));
+    float weight = selected ? exp_of(value_of(mine.key) - top) : 0.f, sum = 0.f;
     if (all) {
-      float exponential[kPerLane], sum = 0.f;
+      float exponential[kPerLane];
 #pragma unroll
-      for (int j = 0; j < kPerLane; j++) sum += exponential[j] = j * 32 + lane < p.E ? expf(x[j] - top) : 0.f;
+      for (int j = 0; j < kPerLane; j++) sum += exponential[j] = exp_of(x[j] - top);
       sum = warp_sum(sum);
-      if (p.block_probs)
+      const float scale = valid ? inverse_of(sum) : 0.f;
 #pragma unroll
-        for (int j = 0; j < kPerLane; j++) probs[j] += exponential[j] / sum;
-      weight /= p.over_all ? sum : warp_sum(weight);
-    } else {
-      weight /= warp_sum(weight);
+      for (int j = 0; j < kPerLane; j++) probs[j] += exponential[j] * scale;
     }
-    if (selected) {
-      p.ids[t * p.K + lane] = id;
-      p.weights[t * p.K + lane] = weight;
-      atomicAdd(count_sum + id, 1);
+    if (!p.over_all) sum = warp_sum(weight);
+    if (selected && valid) {
+      const unsigned slot = t * p.K + mine.rank;
+      p.ids[slot] = mine.index;
+      p.weights[slot] = weight * inverse_of(sum);
+      atomicAdd(count_sum + mine.index, 1);
     }
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) p.block_counts[int64_t{blockIdx.x} * p.E + e] = count_sum[e];
-  if (!p.block_probs) return;
 #pragma unroll
-  for (int j = 0; j < kPerLane; j++) {
-    __syncthreads();
-    prob_sum[warp][lane] = probs[j];
-    __syncthreads();
-    const int e = j * 32 + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= 32 || e >= p.E) continue;
+  for (int j = 0; j < kPerLane; j++) prob_sum[warp][j * 32 + lane] = probs[j];
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) {
+    p.block_counts[int64_t{blockIdx.x} * p.E + e] = count_sum[e];
+    if (!p.block_probs) continue;
     float sum = 0.f;
-    for (int w = 0; w < kWarps; w++) sum += prob_sum[w][lane];
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += prob_sum[w][e];
     p.block_probs[int64_t{blockIdx.x} * p.E + e] = sum;
   }
 }
@@ -132,6 +130,7 @@ __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_const
   __shared__ uint64_t chosen[kMaxK];  // key, then the lower id
   __shared__ int ranked[kMaxK];
   __shared__ int filled;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.finished = 0;
   int count[kOwned] = {};
   float probs[kOwned] = {};
   for (int64_t t = blockIdx.x; t < p.T; t += gridDim.x) {
@@ -211,44 +210,60 @@ __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_const
 }
 
 // ---- sums over the blocks, in order --------------------------------------------------------------------------------------------
-constexpr int kSumThreads = 1024;
+// A block for 32 experts; the last one to finish adds up their losses.
+constexpr int kSumWarps = 32, kSumLoads = (kMaxBlocks + kSumWarps - 1) / kSumWarps;  // all loads of a thread at once
 
-__global__ void __launch_bounds__(kSumThreads)
-    topk_sum_kernel(const int* block_counts, const float* block_probs, int blocks, int E, int K, int64_t T, int* counts, float* aux) {
-  __shared__ int count_part[kSumThreads];
-  __shared__ float prob_part[kSumThreads], loss_part[kSumThreads];
-  const int width = min((E + 31) / 32 * 32, kSumThreads), groups = kSumThreads / width, group = threadIdx.x / width, column = threadIdx.x % width;
-  float loss = 0.f;
-  for (int base = 0; base < E; base += width) {
-    const int e = base + column;
-    int count = 0;
-    float prob = 0.f;
-    if (e < E && group < groups) {
-#pragma unroll 8
-      for (int b = group; b < blocks; b += groups) {
-        count += block_counts[int64_t{b} * E + e];
-        if (aux) prob += block_probs[int64_t{b} * E + e];
-      }
+struct SumParams {
+  int E, K, blocks;
+  int64_t T;
+  const int* block_counts;
+  const float* block_probs;
+  int* finished;
+  float* losses;  // [blocks of the grid]
+  int* counts;
+  float* aux;
+};
+
+__global__ void __launch_bounds__(32 * kSumWarps) topk_sum_kernel(const __grid_constant__ SumParams p) {
+  __shared__ int count_part[kSumWarps][32];
+  __shared__ float prob_part[kSumWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = static_cast<int>(blockIdx.x) * 32 + lane;
+  int count = 0;
+  float prob = 0.f;
+  for (int base = warp; base < p.blocks; base += kSumWarps * kSumLoads)
+#pragma unroll
+    for (int i = 0; i < kSumLoads; i++) {
+      const int b = base + i * kSumWarps;
+      if (b >= p.blocks || e >= p.E) continue;
+      count += p.block_counts[int64_t{b} * p.E + e];
+      if (p.aux) prob += p.block_probs[int64_t{b} * p.E + e];
     }
-    __syncthreads();
-    count_part[threadIdx.x] = count;
-    prob_part[threadIdx.x] = prob;
-    __syncthreads();
-    if (group != 0 || e >= E) continue;
-    for (int g = 1; g < groups; g++) {
-      count += count_part[g * width + column];
-      prob += prob_part[g * width + column];
-    }
-    counts[e] = count;
-    if (T > 0) loss += static_cast<float>(E) * (static_cast<float>(count) / static_cast<float>(T * K)) * (prob / static_cast<float>(T));
+  count_part[warp][lane] = count;
+  prob_part[warp][lane] = prob;
+  __syncthreads();
+  if (warp != 0) return;
+#pragma unroll
+  for (int w = 1; w < kSumWarps; w++) {
+    count += count_part[w][lane];
+    prob += prob_part[w][lane];
   }
-  if (!aux) return;
-  loss_part[threadIdx.x] = loss;
-  for (int half = kSumThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) loss_part[threadIdx.x] += loss_part[threadIdx.x + half];
+  if (e < p.E) p.counts[e] = count;
+  if (!p.aux) return;
+  const float load = p.T > 0 ? static_cast<float>(count) / static_cast<float>(p.T * p.K) : 0.f;
+  float loss = p.T > 0 && e < p.E ? static_cast<float>(p.E) * load * (prob / static_cast<float>(p.T)) : 0.f;
+  loss = warp_sum(loss);
+  int before = 0;
+  if (lane == 0) {
+    p.losses[blockIdx.x] = loss;
+    __threadfence();
+    before = atomicAdd(p.finished, 1);
   }
-  if (threadIdx.x == 0) *aux = loss_part[0];
+  if (__shfl_sync(kAllLanes, before, 0) != static_cast<int>(gridDim.x) - 1) return;
+  __threadfence();
+  loss = 0.f;
+  for (int b = lane; b < gridDim.x; b += 32) loss += __ldcg(p.losses + b);
+  loss = warp_sum(loss);
+  if (lane == 0) *p.aux = loss;
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------------
@@ -338,31 +353,36 @@ void check_size(int64_t E, int64_t K) {
   MACHMOE_SUPPORTED(E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", E, kMaxExperts);
   MACHMOE_SUPPORTED(K <= kMaxK, "K is {}, expected at most {} experts per token on CUDA", K, kMaxK);
 }
-bool fits_warp(int64_t E, int64_t K) { return E <= kSmallE && K <= kSmallK; }
+bool fits_warp(int64_t E, int64_t K) { return E <= kSmallE && K <= kMaxSelected; }
+// Where tokens are few, they are spread over all SMs.
 int64_t blocks_of(int64_t T, int64_t E, int64_t K) {
-  const int64_t tokens = fits_warp(E, K) ? kWarps : 1;
-  return std::clamp<int64_t>((T + tokens - 1) / tokens, 1, fits_warp(E, K) ? kMaxBlocks : 4 * kMaxBlocks);
+  const bool warps = fits_warp(E, K);
+  return std::clamp<int64_t>(warps ? (T + 7) / 8 : T, 1, warps ? kMaxBlocks : 4 * kMaxBlocks);
 }
 
 struct Scratch {
+  int* finished;
+  float* losses;
   int* counts;
   float* probs;
 };
 Scratch book(int64_t T, int64_t E, int64_t K, Workspace& ws) {
   const int64_t items = blocks_of(T, E, K) * E;
+  int* finished = ws.take<int>(1);
+  auto* losses = ws.take<float>((E + 31) / 32);
   int* counts = ws.take<int>(items);
-  return {counts, ws.take<float>(items)};
+  return {finished, losses, counts, ws.take<float>(items)};
 }
 
 template <class Logit>
 void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
-  constexpr int kBlock = 32 * kWarps;
+  const auto run = [&]<int kPerLane>() { topk_warp_kernel<kPerLane><<<blocks, 32 * token_warps(kPerLane), 0, stream>>>(p); };
   if (!fits_warp(p.E, p.K)) topk_block_kernel<<<blocks, kThreads, 0, stream>>>(p);
-  else if (p.E <= 32) topk_warp_kernel<1><<<blocks, kBlock, 0, stream>>>(p);
-  else if (p.E <= 64) topk_warp_kernel<2><<<blocks, kBlock, 0, stream>>>(p);
-  else if (p.E <= 128) topk_warp_kernel<4><<<blocks, kBlock, 0, stream>>>(p);
-  else if (p.E <= 256) topk_warp_kernel<8><<<blocks, kBlock, 0, stream>>>(p);
-  else topk_warp_kernel<16><<<blocks, kBlock, 0, stream>>>(p);
+  else if (p.E <= 32) run.template operator()<1>();
+  else if (p.E <= 64) run.template operator()<2>();
+  else if (p.E <= 128) run.template operator()<4>();
+  else if (p.E <= 256) run.template operator()<8>();
+  else run.template operator()<16>();
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
@@ -382,11 +402,12 @@ void topk(const TopkArgs& a, Stream stream) {
   dispatch_logits(a.logits_dtype, [&](auto logit) {
     using Logit = decltype(logit);
     launch_topk<Logit>({a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits),
-                        a.ids, static_cast<float*>(a.weights), b.counts, a.aux ? b.probs : nullptr},
+                        a.ids, static_cast<float*>(a.weights), b.finished, b.counts, a.aux ? b.probs : nullptr},
                        blocks, stream_of(stream));
   });
-  topk_sum_kernel<<<1, kSumThreads, 0, stream_of(stream)>>>(b.counts, b.probs, static_cast<int>(blocks), static_cast<int>(a.E), static_cast<int>(a.K),
-                                                            a.T, a.counts, static_cast<float*>(a.aux));
+  topk_sum_kernel<<<static_cast<unsigned>((a.E + 31) / 32), 32 * kSumWarps, 0, stream_of(stream)>>>(
+      SumParams{static_cast<int>(a.E), static_cast<int>(a.K), static_cast<int>(blocks), a.T, b.counts, b.probs, b.finished, b.losses, a.counts,
+                static_cast<float*>(a.aux)});
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 

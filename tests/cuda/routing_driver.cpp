@@ -260,8 +260,8 @@ bool check_router(bool small) {
   Verdict verdict;
   Rng rng(2);
   int turn = 0;
-  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1},   {5, 5},    {32, 4},   {33, 16}, {64, 6},    {128, 8},   {200, 3},
-                                                          {256, 8}, {512, 10}, {512, 17}, {513, 4}, {1000, 30}, {4096, 128}};
+  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1},   {5, 5},    {32, 4},   {33, 16},  {64, 6},  {128, 8},   {200, 3},
+                                                          {256, 8}, {384, 16}, {512, 10}, {512, 17}, {513, 4}, {1000, 30}, {4096, 128}};
   for (const auto& [E, K] : sizes)
     for (RouterKind kind : {RouterKind::TopkSoftmax, RouterKind::SoftmaxTopk, RouterKind::SoftmaxTopkNorm})
       for (int64_t T : {int64_t{0}, int64_t{1}, small ? int64_t{70} : int64_t{9000}}) {
@@ -321,6 +321,40 @@ bool check_router(bool small) {
           }
       }
   return verdict.summary("router");
+}
+
+// NaN ranks as infinity, and weights are NaN where the CPU's are.
+bool check_special_logits() {
+  Verdict verdict;
+  Rng rng(5);
+  const std::array<float, 5> special = {NAN, -NAN, INFINITY, -INFINITY, -0.f};
+  for (const auto& [E, K] : {std::pair<int64_t, int64_t>{3, 2}, {40, 8}, {128, 8}, {250, 16}, {512, 10}, {600, 20}})
+    for (RouterKind kind : {RouterKind::TopkSoftmax, RouterKind::SoftmaxTopk, RouterKind::SoftmaxTopkNorm})
+      for (int share : {1, 20, 100}) {  // percent of special values
+        const int64_t T = 200;
+        std::vector<float> logits = normal(T * E, rng, 2);
+        for (float& x : logits)
+          if (static_cast<int>(rng() % 100) < share) x = special[(x > 0 && share == 1 ? 2 : 0) + rng() % (share == 1 ? 3 : 5)];
+        const auto slots = static_cast<size_t>(T * K);
+        std::vector<int32_t> ids(slots), counts(static_cast<size_t>(E));
+        std::vector<float> weights(slots);
+        cpu::topk({T, E, K, kind, logits.data(), DType::F32, ids.data(), weights.data(), counts.data(), nullptr, nullptr}, {});
+        const DeviceMemory d_logits = on_device(logits), d_ids(4 * slots), d_weights(4 * slots), d_counts(4 * static_cast<size_t>(E)), d_aux(4),
+                           scratch(cuda::topk_scratch(T, E, K));
+        cuda::topk({T, E, K, kind, d_logits.data(), DType::F32, d_ids.data<int32_t>(), d_weights.data(), d_counts.data<int32_t>(), d_aux.data(),
+                    scratch.data()},
+                   {});
+        MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
+        const std::string name = fmt::format("E {} K {} kind {} special {} %", E, K, static_cast<int>(kind), share);
+        verdict(d_ids.download<int32_t>() == ids, name + ": ids");
+        verdict(d_counts.download<int32_t>() == counts, name + ": counts");
+        const std::vector<float> got = d_weights.download<float>();
+        bool same = true;
+        for (size_t i = 0; i < slots; i++)
+          same &= std::isnan(weights[i]) ? std::isnan(got[i]) : std::abs(got[i] - weights[i]) <= 1e-5f * std::abs(weights[i]) + 1e-30f;
+        verdict(same, name + ": weights");
+      }
+  return verdict.summary("special logits");
 }
 
 std::vector<float> softmax_scores(int64_t T, int64_t E, Rng& rng, float deviation = 2) {
@@ -452,8 +486,9 @@ int main(int argc, char** argv) {
       return 0;
     }
     const bool small = argc > 2 && !std::strcmp(argv[2], "small");
-    const bool metadata = check_metadata(small), router = check_router(small), rounding = check_token_rounding(small);
-    return !(metadata && router && rounding);
+    const bool metadata = check_metadata(small), router = check_router(small), special = check_special_logits(),
+               rounding = check_token_rounding(small);
+    return !(metadata && router && special && rounding);
   } catch (const std::exception& e) {
     printf("%s\n", e.what());
     return 1;
