@@ -22,7 +22,7 @@ void launch(const DownProjArgs& a, Stream stream) {
       tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {kBlockK, 128, 1}, 128);
   p.weights.step = 256;
   p.weights.second = 128;
-  p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, Epilogue::kBox);
+  p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, {Epilogue::kBox});
   p.epilogue.d = static_cast<int>(d);
   if constexpr (kScaled) {
     p.epilogue.score = static_cast<const float*>(a.routing.score);

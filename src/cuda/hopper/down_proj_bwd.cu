@@ -1,6 +1,6 @@
 // dH kernel: dA' = gather(dO) W2, and in the epilogue A = act(H), dS = <dA', A>, dH = act'(H) s dA', A' = s A.
-// A finished tile of dA' is held as bf16 while the next one is multiplied (schedule Held). Epilogue per warp, 16 rows x 32 columns at a time: H arrives
-// by TMA two chunks ahead, dH overwrites it in place, A' stands beside it, both leave by ragged TMA stores.
+// A finished tile of dA' is held as bf16 while the next one is multiplied. Epilogue per warp, 8 rows x 64 columns at a time, whole lines of memory: H
+// arrives by TMA while products run, dH overwrites it in place, A' stands beside it, both leave by ragged TMA stores.
 #include <type_traits>
 
 #include "core/activation.h"
@@ -20,15 +20,14 @@ template <ActivationKind K, bool kClamped>
 struct ActivationGradEpilogue {
   static constexpr bool kNarrow = true;
   static constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
-  static constexpr int kChunk = 32, kChunks = kN / kChunk;
-  static constexpr int kPlaneBytes = 16 * kChunk * 2, kStagingBytes = 3 * kPlaneBytes;  // gate, up and A' of 16 rows
-  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                    // tiles, the scores of two, a barrier
+  static constexpr int kColumns = 64, kRows = 8, kChunks = kN / kColumns * 2;            // of a chunk: the low, then the high rows of the fragments
+  static constexpr int kPlaneBytes = kRows * kColumns * 2, kStagingBytes = 3 * kPlaneBytes;  // gate, up and A'
+  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                        // tiles, the scores of two, a barrier
   struct Params {
-    CUtensorMap h;        // [planes][R_cap][n], box {32, 16, planes}
-    CUtensorMap dh;       // ragged, box {32, 16, 1, planes}
-    CUtensorMap a_prime;  // ragged, box {32, 16, 1}
-    const float* score;   // null: 1
-    float* ds;            // [column tiles][R_cap]
+    CUtensorMap h;            // [planes][R_cap][n], box {64, 8, planes}
+    CUtensorMap dh, a_prime;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n], 8 rows and all planes a box
+    const float* score;       // null: 1
+    float* ds;                // [column tiles][R_cap]
     int n, R_cap;
     float alpha, limit;
   };
@@ -42,7 +41,7 @@ struct ActivationGradEpilogue {
 
   DEV uint32_t score_at(uint32_t slot, int row) const { return notes + HeldTiles::kBytes + 4 * (slot + row); }
   DEV uint32_t loaded() const { return notes + HeldTiles::kBytes + 128; }
-  DEV int chunks(int rows, int column) const { return rows > 0 ? (min(kN, p.n - column * kN) + kChunk - 1) / kChunk : 0; }
+  DEV int chunks(int rows, int column) const { return rows > 0 ? (min(kN, p.n - column * kN) + kColumns - 1) / kColumns * 2 : 0; }
 
   DEV ActivationGradEpilogue(const Params& params, uint32_t staging_, uint32_t notes_) : p(params), staging(staging_), notes(notes_), tiles(notes_) {
     if (lane_id() == 0) {
@@ -72,7 +71,7 @@ struct ActivationGradEpilogue {
       const int c = left > 0 ? chunks(t.rows, t.column) - left : 0;
       bulk_wait_read<0>();
       mbar_arrive_expect_tx(loaded(), kPlanes * kPlaneBytes);
-      tma_load_3d(staging, &p.h, loaded(), t.column * kN + c * kChunk, t.row, 0);
+      tma_load_3d(staging, &p.h, loaded(), t.column * kN + c / 2 * kColumns, t.row + c % 2 * kRows, 0);
     }
     __syncwarp();
     loading = true;
@@ -87,55 +86,61 @@ struct ActivationGradEpilogue {
     ds[0] = ds[1] = 0.f;
     return tiles.complete().more;
   }
-  DEV void chunk(int c, const uint32_t (&d_a)[kN / 4]) {
+  // held: dA' in pairs; A' takes its place.
+  DEV void chunk(int c, uint32_t (&held)[kN / 4]) {
     if (left == 0) return;
-    const int lane = lane_id();
+    const int half = c % 2, lane = lane_id();
     mbar_wait(loaded(), ~loads & 1);
-    const float score[2] = {load_shared_float(score_at(tiles.next ^ 16, lane / 4)), load_shared_float(score_at(tiles.next ^ 16, lane / 4 + 8))};
-    // Of a block of 8 columns a lane holds two pairs of each plane: of the low and of the high row.
-    const int row = lane % 16, plane = kPlanes == 2 ? lane / 16 : 0;
-    auto at = [&](int b) { return staging + plane * kPlaneBytes + swizzled(row, b, 2 * kChunk); };
+    const float score = load_shared_float(score_at(tiles.next ^ 16, lane / 4 + kRows * half));
+    // Two blocks of 8 columns at a time, of both planes: a lane holds a pair of each.
+    auto at = [&](int q) { return staging + (kPlanes == 2 ? lane / 16 * kPlaneBytes : 0) + swizzled(lane % 8, 2 * q + lane / 8 % 2, 2 * kColumns); };
     uint32_t ahead[4];
-    auto read = [&](int b) {
-      if constexpr (kPlanes == 2) ldmatrix_x4(ahead, at(b));
-      else ldmatrix_x2(ahead[2], ahead[3], at(b));
+    auto read = [&](int q) {
+      if constexpr (kPlanes == 2) ldmatrix_x4(ahead, at(q));
+      else ldmatrix_x2(ahead[2], ahead[3], at(q));
     };
     read(0);
 #pragma unroll
-    for (int b = 0; b < kChunk / 8; b++) {
-      uint32_t h[4], a_prime[2];
+    for (int q = 0; q < 4; q++) {
+      uint32_t h[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) h[i] = ahead[i];
-      if (b + 1 < kChunk / 8) read(b + 1);
+      if (q < 3) read(q + 1);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float2 g = kPlanes == 2 ? unpack(h[half]) : float2{}, u = unpack(h[2 + half]), da = unpack_here(d_a[(c * (kChunk / 8) + b) * 2 + half]);
+      for (int i = 0; i < 2; i++) {
+        uint32_t& a_prime = held[(c / 2 * 8 + 2 * q + i) * 2 + half];
+        const float2 g = kPlanes == 2 ? unpack(h[i]) : float2{}, u = unpack(h[2 + i]), da = unpack_here(a_prime);
         float d_gate[2], d_up[2], scaled[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const float d = e ? da.y : da.x, sd = score[half] * d;
+          const float d = e ? da.y : da.x, sd = score * d;
           const ActivationGrad<float> act = activate<K, float>(e ? g.y : g.x, e ? u.y : u.x, p.alpha, kClamped ? p.limit : 0.f);
           ds[half] = fmaf(d, act.a, ds[half]);
           d_gate[e] = sd * act.d_gate;
           d_up[e] = sd * act.d_up;
-          scaled[e] = score[half] * act.a;
+          scaled[e] = score * act.a;
         }
-        h[half] = pack(d_gate[0], d_gate[1]);
-        h[2 + half] = pack(d_up[0], d_up[1]);
-        a_prime[half] = pack(scaled[0], scaled[1]);
+        h[i] = pack(d_gate[0], d_gate[1]);
+        h[2 + i] = pack(d_up[0], d_up[1]);
+        a_prime = pack(scaled[0], scaled[1]);
       }
-      if constexpr (kPlanes == 2) stmatrix_x4(at(b), h[0], h[1], h[2], h[3]);
-      else stmatrix_x2(at(b), h[2], h[3]);
-      stmatrix_x2(staging + 2 * kPlaneBytes + swizzled(row, b, 2 * kChunk), a_prime[0], a_prime[1]);
+      if constexpr (kPlanes == 2) stmatrix_x4(at(q), h[0], h[1], h[2], h[3]);
+      else stmatrix_x2(at(q), h[2], h[3]);
+      if (q % 2 == 1) {
+        const uint32_t* a_prime = held + (c / 2 * 8 + 2 * q - 2) * 2 + half;
+        stmatrix_x4(staging + 2 * kPlaneBytes + swizzled(lane % 8, 2 * q - 2 + lane / 8, 2 * kColumns), a_prime[0], a_prime[2], a_prime[4], a_prime[6]);
+      }
     }
     fence_proxy_async();
     __syncwarp();
     if (lane_id() == 0) {
       const WarpTile t = tiles.held();
-      const int column = t.column * kN + c * kChunk;
-      tma_store_4d(&p.dh, staging, column, kRaggedRows - t.rows, t.row + t.rows, 0);
-      tma_store_4d(&p.a_prime, staging + 2 * kPlaneBytes, column, kRaggedRows - t.rows, t.row + t.rows, 0);
-      bulk_commit();
+      const int column = t.column * kN + c / 2 * kColumns, row = t.row + kRows * half, v = min(kRows, t.rows - kRows * half);
+      if (v > 0) {
+        tma_store_4d(&p.dh, staging, column, kRows - v, row + v, 0);
+        tma_store_4d(&p.a_prime, staging + 2 * kPlaneBytes, column, kRows - v, row + v, 0);
+        bulk_commit();
+      }
     }
     left--;
     loading = false;
@@ -207,12 +212,11 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       p.rows = {static_cast<const uint4*>(a.d_o), a.routing.token, static_cast<int>(s.d / 8)};
       p.weights.plane[0] = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, kBlockK, 1}, 128);
       p.weights.blocks = p.k_blocks;
-      constexpr uint32_t kChunk = Epilogue::kChunk;
       auto& e = p.epilogue;
-      e.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {kChunk, 16, static_cast<uint32_t>(planes)}, 2 * kChunk);
-      e.dh = tensor_map<bf16>(static_cast<const uint8_t*>(a.dh) - 16 * pitch, {n, 16, R + 1, planes}, {pitch, pitch, 2 * n},
-                              {kChunk, 16, 1, static_cast<uint32_t>(planes)}, 2 * kChunk);
-      e.a_prime = ragged_store_map(a.a_prime, R, 1, n, kChunk);
+      const auto boxed = static_cast<uint32_t>(planes);
+      e.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {Epilogue::kColumns, Epilogue::kRows, boxed}, 128);
+      e.dh = ragged_store_map(a.dh, R, planes, n, {Epilogue::kColumns, Epilogue::kRows, boxed});
+      e.a_prime = ragged_store_map(a.a_prime, R, 1, n, {Epilogue::kColumns, Epilogue::kRows, 1});
       e.score = static_cast<const float*>(a.routing.score);
       e.ds = static_cast<float*>(a.ds_parts);
       e.n = static_cast<int>(n);
