@@ -243,10 +243,12 @@ def test_forward_and_backward_in_a_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-def test_compile_in_one_graph():
-    moe = machmoe.MoE(128, 64, 8, 2, device=CUDA, dtype=torch.bfloat16)
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
-    for tokens in (100, 130):
+@pytest.mark.parametrize("routing", ["topk", "token-rounding"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_in_one_graph(routing, dynamic):
+    moe = machmoe.MoE(128, 64, 8, 2, device=CUDA, dtype=torch.bfloat16, routing=routing)
+    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (1000, 1300):
         x = torch.randn(tokens, 128, device=CUDA, dtype=torch.bfloat16)
         assert torch.equal(compiled(x), moe(x))
 
