@@ -327,6 +327,8 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, co
                                            const Optional& counts, const Optional& score, int64_t kind, int64_t activation, double alpha,
                                            double limit, bool interleaved, bool save_h) {
   const Launch launch(x);
+  if (kind == MACHMOE_TOPK)
+    throw std::runtime_error("kind is 0 (top-K), expected 1 (lists) or 2 (rows): topk_experts_forward makes the metadata too");
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, 0, row_capacity_of(x, score, kind, 0), activation, alpha, limit, interleaved);
   use_routing(l, metadata, counts, score);
   size_t workspace_bytes = 0;

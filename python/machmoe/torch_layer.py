@@ -43,7 +43,7 @@ class Dispatch(Function):
         return d_rows[inverse].view(-1, ctx.k, d_rows.shape[1]).sum(1), None, None, None
 
 
-class Undo(Function):
+class Combine(Function):
     """Rows back in the order of (token, slot), gathered in both directions."""
 
     @staticmethod
@@ -72,7 +72,7 @@ def grouped_experts(x, w1, w2, ids, weights):
     rows = Dispatch.apply(x, order, inverse, k)
     gate, up = F.grouped_mm(rows, w1.transpose(1, 2), offs=offs).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offs)
-    y = Undo.apply(y, order, inverse).view(tokens, k, -1)
+    y = Combine.apply(y, order, inverse).view(tokens, k, -1)
     return (y * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
 

@@ -43,12 +43,9 @@ MACHMOE_HD F sigmoid(F x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * x));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
     return s;
-  } else {
-    return F(1) / (F(1) + exp(-x));
   }
-#else
-  return F(1) / (F(1) + exponential(-x));
 #endif
+  return F(1) / (F(1) + exponential(-x));
 }
 
 // x / 2 (1 + tanh z) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3).
@@ -65,7 +62,7 @@ template <class F>
 MACHMOE_HD F gelu_erf(F x, F& derivative) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<F, float>) {
-    const float density = 0.39894228f * __expf(-0.5f * x * x), t = __fdividef(1.f, 1.f + 0.2316419f * fabsf(x));
+    const float density = 0.39894228f * exponential(-0.5f * x * x), t = __fdividef(1.f, 1.f + 0.2316419f * fabsf(x));
     const float tail = density * t * (0.31938153f + t * (-0.356563782f + t * (1.781477937f + t * (-1.821255978f + t * 1.330274429f))));
     const float cdf = x < 0.f ? tail : 1.f - tail;
     derivative = cdf + x * density;

@@ -15,6 +15,8 @@ void check_shape(const Shape& s) {
   validate(s);
   MACHMOE_SUPPORTED(s.dtype == DType::BF16, "dtype is {}, expected BF16 (1) on CUDA: cast the tensors to bfloat16, or use autocast",
                     static_cast<int>(s.dtype));
+  MACHMOE_SUPPORTED(s.T * (s.d / 8) < int64_t{1} << 32, "T is {} and d {}, expected fewer than 2^35 elements of x on CUDA: split the tokens", s.T,
+                    s.d);
   MACHMOE_SUPPORTED(s.E <= cuda::kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, cuda::kMaxExperts);
 }
 

@@ -21,8 +21,8 @@ int num_sms() {
 }
 
 void allow_shared_memory(const void* kernel, int bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;  // of a kernel on a device
+  static auto& mutex = *new std::mutex;  // never destroyed: autograd's threads may still launch when the process ends
+  static auto& allowed = *new std::map<std::pair<const void*, int>, int>;  // of a kernel on a device
   int device = 0;
   MACHMOE_CUDA_CALL(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);

@@ -83,7 +83,7 @@ class Batches:
             raise UserError(f"the training split has {len(data)} bytes, too few for --context {context}")
 
     def next(self):
-        """The text and the order of an epoch lie on the device: between epochs no byte comes from the host."""
+        """The text and the order of an epoch lie on the device: within an epoch no byte comes from the host."""
         parts, missing = [], self.batch
         while missing:  # an epoch's last batch is filled from the following one
             parts.append(self._starts()[:missing])

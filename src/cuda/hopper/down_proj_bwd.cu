@@ -20,9 +20,9 @@ template <ActivationKind K, bool kClamped>
 struct ActivationGradEpilogue {
   static constexpr bool kNarrow = true;
   static constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
-  static constexpr int kColumns = 64, kRows = 8, kChunks = kN / kColumns * 2;            // of a chunk: the low, then the high rows of the fragments
+  static constexpr int kColumns = 64, kRows = 8, kChunks = kN / kColumns * 2;  // of a chunk: the low, then the high rows of the fragments
   static constexpr int kPlaneBytes = kRows * kColumns * 2, kStagingBytes = 3 * kPlaneBytes;  // gate, up and A'
-  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                        // tiles, the scores of two, a barrier
+  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                         // tiles, the scores of two, a barrier
   struct Params {
     CUtensorMap h;            // [planes][R_cap][n], box {64, 8, planes}
     CUtensorMap dh, a_prime;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n], 8 rows and all planes a box
@@ -93,7 +93,7 @@ struct ActivationGradEpilogue {
     mbar_wait(loaded(), ~loads & 1);
     const float score = load_shared_float(score_at(tiles.next ^ 16, lane / 4 + kRows * half));
     // Two blocks of 8 columns at a time, of both planes: a lane holds a pair of each.
-    auto at = [&](int q) { return staging + (kPlanes == 2 ? lane / 16 * kPlaneBytes : 0) + swizzled(lane % 8, 2 * q + lane / 8 % 2, 2 * kColumns); };
+    auto at = [&](int q) { return staging + (kPlanes == 2 ? lane / 16 * kPlaneBytes : 0) + swizzled(lane % 8, 2 * q + lane / 8 % 2); };
     uint32_t ahead[4];
     auto read = [&](int q) {
       if constexpr (kPlanes == 2) ldmatrix_x4(ahead, at(q));
@@ -128,7 +128,7 @@ struct ActivationGradEpilogue {
       else stmatrix_x2(at(q), h[2], h[3]);
       if (q % 2 == 1) {
         const uint32_t* a_prime = held + (c / 2 * 8 + 2 * q - 2) * 2 + half;
-        stmatrix_x4(staging + 2 * kPlaneBytes + swizzled(lane % 8, 2 * q - 2 + lane / 8, 2 * kColumns), a_prime[0], a_prime[2], a_prime[4], a_prime[6]);
+        stmatrix_x4(staging + 2 * kPlaneBytes + swizzled(lane % 8, 2 * q - 2 + lane / 8), a_prime[0], a_prime[2], a_prime[4], a_prime[6]);
       }
     }
     fence_proxy_async();
@@ -146,7 +146,6 @@ struct ActivationGradEpilogue {
     loading = false;
   }
   DEV void finish() {
-    finish_ds();
     if (lane_id() == 0) bulk_wait<0>();
   }
 
@@ -198,7 +197,6 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   const Shape& s = a.shape;
   if (s.R_cap == 0) return;
   const uint64_t d = s.d, n = s.n, R = s.R_cap, E = s.E, planes = s.planes(), pitch = 2 * planes * n;
-  const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   const int64_t columns = ds_parts(s);
   dispatch_activation(s.act.kind, [&](auto tag) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
@@ -206,8 +204,6 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       using Epilogue = ActivationGradEpilogue<kKind, decltype(clamped)::value>;
       using Schedule = Held<kN, 4>;
       GroupedGemmParams<GatherRows, Epilogue, WeightPanels> p{};
-      int clusters = 0;
-      p.step = pair_step(work, s.R_cap, s.E, columns, num_sms(), clusters);
       p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
       p.rows = {static_cast<const uint4*>(a.d_o), a.routing.token, static_cast<int>(s.d / 8)};
       p.weights.plane[0] = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, kBlockK, 1}, 128);
@@ -223,7 +219,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       e.R_cap = static_cast<int>(R);
       e.alpha = s.act.alpha;
       e.limit = s.act.limit;
-      launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue, WeightPanels>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
+      launch_grouped_gemm<Schedule>(p, s, a.routing, columns, stream);
     };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
       if (s.act.limit > 0) return launch(std::true_type());
@@ -231,6 +227,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
     launch(std::false_type());
   });
   if (a.b2.base) {
+    const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E, kTileRows)));
     score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), a.routing.token,
                                                            static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d),

@@ -7,16 +7,13 @@ namespace machmoe::cuda::hopper {
 
 void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   using Schedule = Held<256, 4>;
-  using Epilogue = StoreEpilogue<256, false>;
+  using Epilogue = StoreEpilogue<Schedule::R::kColumns, false>;
   const Shape& s = a.shape;
   if (s.R_cap == 0) return;
   const uint64_t d = s.d, n = s.n, R_cap = s.R_cap, E = s.E, planes = s.planes();
-  const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   GroupedGemmParams<TmaRows, Epilogue, WeightPanels> p{};
-  int clusters = 0;
   const int blocks = static_cast<int>((s.n + kBlockK - 1) / kBlockK);
   p.k_blocks = static_cast<int>(planes) * blocks;
-  p.step = pair_step(work, s.R_cap, s.E, (s.d + 255) / 256, num_sms(), clusters);
   p.rows = {tensor_map<bf16>(a.dh, {n, R_cap, planes}, {2 * planes * n, 2 * n}, {kBlockK, kTileRows, 1}, 128), blocks};
   const ConstWeight w1[2] = {s.act.gated() ? a.w1_gate : a.w1_up, a.w1_up};
   for (int i = 0; i < 2; i++)
@@ -24,8 +21,10 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   p.weights.blocks = blocks;
   p.epilogue.y = ragged_store_map(a.dx_rows, R_cap, 1, d, {Epilogue::kBox});
   p.epilogue.d = static_cast<int>(d);
-  if (s.kind == RoutingKind::Rows) p.unused = {static_cast<uint4*>(a.dx_rows), &work.header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
-  launch_kernel(grouped_gemm<Schedule, TmaRows, Epilogue, WeightPanels>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
+  if (s.kind == RoutingKind::Rows)
+    p.unused = {static_cast<uint4*>(a.dx_rows), &work_list(a.routing.tiles, s.R_cap, s.E).header->rows, static_cast<int>(R_cap),
+                static_cast<int>(d / 8)};
+  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.d + Schedule::R::kColumns - 1) / Schedule::R::kColumns, stream);
 }
 
 }  // namespace machmoe::cuda::hopper

@@ -10,7 +10,6 @@ namespace machmoe::cuda::hopper {
 struct CtaTile {
   int expert, row, row_end, column;
   bool more;  // the consumer has another tile after this one
-  DEV int rows() const { return min(row_end - row, kTileRows); }
 };
 
 // step.entries counts tiles, step.work lists them; an entry of the walk is a pair of them.
@@ -37,11 +36,5 @@ struct ClusterTile {
   DEV int rows() const { return present > 0 ? min(work.z - work.y, kTileRows) : 0; }
   DEV CtaTile posted(bool more) const { return {work.x, present > 0 ? work.y : work.z, work.z, column, more}; }
 };
-
-// Clusters of the persistent grid: at most one per pair of tiles and column of the largest routing.
-inline WalkStep pair_step(const WorkList& work, int64_t R_cap, int64_t E, int64_t columns, int sms, int& clusters) {
-  clusters = static_cast<int>(std::min<int64_t>(sms / 2, columns * ((work_capacity(R_cap, E, kTileRows) + 1) / 2)));
-  return WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
-}
 
 }  // namespace machmoe::cuda::hopper

@@ -23,11 +23,10 @@ DEV void sigmoid4(const float* x, float (&s)[4]) {
 template <int kColumns, ActivationKind K, bool kGeneral>
 struct ActivationEpilogue {
   static constexpr bool kGated = Activation{K}.gated(), kNarrow = false;
-  static constexpr int kWidth = kGated ? kColumns / 2 : kColumns;  // columns of H in a tile
-  static constexpr int kUp = kGated ? kColumns / 8 : 0;            // first held pair of the up plane
-  static constexpr int kBox = 64, kChunks = kColumns / kBox;       // gated: the planes of H of a box, then its A; else both of a box
-  using Out = RowStore<kBox, 2>;
-  static constexpr int kStagingBytes = Out::kBytes, kNoteBytes = HeldTiles::kBytes;
+  static constexpr int kWidth = kGated ? kColumns / 2 : kColumns;         // columns of H in a tile
+  static constexpr int kUp = kGated ? kColumns / 8 : 0;                   // first held pair of the up plane
+  static constexpr int kBox = RowStore::kBox, kChunks = kColumns / kBox;  // gated: the planes of H of a box, then its A; else both of a box
+  static constexpr int kStagingBytes = RowStore::kBytes, kNoteBytes = HeldTiles::kBytes;
 
   struct Params {
     CUtensorMap h, a;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n]
@@ -37,7 +36,7 @@ struct ActivationEpilogue {
     float alpha, limit;
   };
   const Params& p;
-  Out out;
+  RowStore out;
   HeldTiles tiles;
 
   DEV ActivationEpilogue(const Params& params, uint32_t staging, uint32_t notes) : p(params), out{staging}, tiles(notes) {}

@@ -8,9 +8,8 @@ namespace machmoe::cuda::hopper {
 template <int kColumns, bool kScaled>
 struct StoreEpilogue {
   static constexpr bool kNarrow = true;
-  static constexpr int kBox = 64, kChunks = kColumns / kBox;
-  using Out = RowStore<kBox, 2>;
-  static constexpr int kStagingBytes = Out::kBytes, kNoteBytes = HeldTiles::kBytes;
+  static constexpr int kBox = RowStore::kBox, kChunks = kColumns / kBox;
+  static constexpr int kStagingBytes = RowStore::kBytes, kNoteBytes = HeldTiles::kBytes;
 
   struct Params {
     CUtensorMap y;  // ragged_store_map of [R_cap, 1, d]
@@ -19,7 +18,7 @@ struct StoreEpilogue {
     ConstBias b2;
   };
   const Params& p;
-  Out out;
+  RowStore out;
   HeldTiles tiles;
 
   DEV StoreEpilogue(const Params& params, uint32_t staging, uint32_t notes) : p(params), out{staging}, tiles(notes) {}

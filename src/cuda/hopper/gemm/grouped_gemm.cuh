@@ -1,11 +1,14 @@
-// The grouped GEMM over ragged rows, out[rows of e] = epilogue(rows W_e^T) = schedule x loader x epilogue.
+// The grouped GEMM over ragged rows, out[rows of e] = epilogue(rows times the weights of e) = schedule x loader x kind of weights x epilogue.
 //   warpgroup 0      the loader fills the ring
 //   warpgroups 1, 2  the schedule multiplies, each warp stores its rows through its own epilogue
 // One persistent CTA an SM, clusters of two: see cta_tile.cuh.
 #pragma once
+#include <algorithm>
+
 #include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/load.cuh"
 #include "cuda/hopper/gemm/schedule.cuh"
+#include "ops.h"
 
 namespace machmoe::cuda::hopper {
 
@@ -50,7 +53,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
   const R ring{stages, stages + Layout::kControl};
   const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128), tid = static_cast<int>(threadIdx.x) % 128, rank = cluster_ctarank();
 
-  if (threadIdx.x == 0) ring.init(Loader::kArrivals, 8);
+  if (threadIdx.x == 0) ring.init(Loader::kArrivals);
   cluster_sync();
   const int tiles = __ldg(p.step.entries);
   TileWalk first(p.step, blockIdx.x / 2);
@@ -68,6 +71,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
     epilogue.finish();
   }
   cluster_sync();  // no CTA leaves while its peer may still arrive here
+}
+
+// columns: column tiles. The persistent grid has at most one cluster per pair of row tiles and column tile of the largest routing.
+template <class Schedule, class Loader, class Epilogue, class Weights>
+void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, Stream stream) {
+  const WorkList work = work_list(r.tiles, s.R_cap, s.E);
+  const int64_t pairs = (work_capacity(s.R_cap, s.E, kTileRows) + 1) / 2;
+  const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
+  p.step = WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
+  launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper

@@ -1,5 +1,5 @@
 // The ring of operand stages between the producer and the consumer warpgroups of a CTA, in shared memory:
-//   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle, K-major
+//   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle; A K-major, B as its kind of weights lays it
 //   full[s]   the producers of the stage -> its consumers;  empty[s]  every consumer warp of both CTAs -> the producers (weights are multicast)
 //   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released
 #pragma once
@@ -26,10 +26,10 @@ struct Ring {
   DEV uint32_t empty(int s) const { return control + 8 * (kStages + s); }
   DEV uint32_t tile(int s) const { return control + 16 * (kStages + s); }
 
-  DEV void init(int producer_arrivals, int consumer_warps) const {
+  DEV void init(int producer_arrivals) const {
     for (int s = 0; s < kStages; s++) {
       mbar_init(full(s), producer_arrivals);
-      mbar_init(empty(s), 2 * consumer_warps);
+      mbar_init(empty(s), 2 * 8);
     }
     mbar_init_fence();
   }

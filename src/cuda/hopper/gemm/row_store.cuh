@@ -1,4 +1,5 @@
-// One warp's way out: boxes of 16 rows x kBox columns are staged in shared memory and leave by tensor stores that end exactly at the expert's last row.
+// One warp's way out: boxes of 16 rows x 64 columns are staged in shared memory and leave by tensor stores that end exactly at the expert's last
+// row.
 #pragma once
 #include "core/types.h"
 #include "cuda/hopper/ptx/ptx.cuh"
@@ -7,8 +8,8 @@
 
 namespace machmoe::cuda::hopper {
 
-template <int kBox, int kBuffers>
 struct RowStore {
+  static constexpr int kBox = 64, kBuffers = 2;
   static constexpr int kBufferBytes = kRaggedRows * kBox * 2, kBytes = kBuffers * kBufferBytes;
 
   uint32_t base;  // shared memory of this warp
@@ -27,7 +28,7 @@ struct RowStore {
 #pragma unroll
     for (int j = 0; j < kBox / 8; j += 2) {
       const uint2 first = pairs(2 * j), second = pairs(2 * j + 2);
-      stmatrix_x4(box + matrix_offset<kBox>(lane, j), first.x, first.y, second.x, second.y);
+      stmatrix_x4(box + matrix_offset(lane, j), first.x, first.y, second.x, second.y);
     }
   }
   // The first min(rows, 16) rows of the box to rows row .. of a ragged_store_map.

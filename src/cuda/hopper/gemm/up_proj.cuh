@@ -13,10 +13,7 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   using Epilogue = ActivationEpilogue<R::kColumns, K, kGeneral>;
   const Shape& s = a.shape;
   const uint64_t d = s.d, n = s.n, E = s.E;
-  const WorkList work = work_list(a.routing.tiles, s.R_cap, s.E);
   GroupedGemmParams<GatherRows, Epilogue> p{};
-  int clusters = 0;
-  p.step = pair_step(work, s.R_cap, s.E, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, num_sms(), clusters);
   p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
   p.rows = {static_cast<const uint4*>(a.x), a.routing.token, static_cast<int>(s.d / 8)};
   const ConstWeight half[2] = {Epilogue::kGated ? a.w1_gate : a.w1_up, a.w1_up};
@@ -35,7 +32,7 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   e.n = static_cast<int>(n);
   e.alpha = s.act.alpha;
   e.limit = s.act.limit;
-  launch_kernel(grouped_gemm<Schedule, GatherRows, Epilogue>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
+  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, stream);
 }
 
 // Each in a file of its own, so that they compile side by side.

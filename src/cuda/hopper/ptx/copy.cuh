@@ -18,11 +18,6 @@ DEV void cp_async4(uint32_t dst, const void* src) { asm volatile("cp.async.ca.sh
 DEV void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- tensor loads, coordinates innermost first --------------------------------------------------------------------------------
-DEV void tma_load_2d(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map),
-               "r"(bar), "r"(c0), "r"(c1)
-               : "memory");
-}
 DEV void tma_load_3d(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
                "r"(bar), "r"(c0), "r"(c1), "r"(c2)
@@ -34,11 +29,6 @@ DEV void tma_load_3d_mc(uint32_t dst, const CUtensorMap* map, uint32_t bar, int 
       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
       "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"(mask)
       : "memory");
-}
-DEV void tma_load_4d(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map),
-               "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
 }
 DEV void tma_load_4d_mc(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3, uint16_t mask) {
   asm volatile(
@@ -73,7 +63,6 @@ template <int N>
 DEV void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
-DEV void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---- shared memory: 16 bytes, or one float ------------------------------------------------------------------------------------------------
 DEV void store_shared(uint32_t addr, int4 v) {

@@ -24,7 +24,7 @@ def mma(n):
 }};"""
 
 
-shapes = "\n".join(mma(n) for n in (64, 128, 176, 192, 256))
+shapes = "\n".join(mma(n) for n in (64, 128, 192, 256))
 open(sys.argv[1], "w").write(f"""// Written by gen_wgmma.py.
 #pragma once
 #include "device.cuh"

@@ -7,7 +7,6 @@ namespace machmoe::cuda::hopper {
 // Orders this thread's shared-memory accesses before those of the async proxy (wgmma operands, tensor copies).
 DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEV void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // The same value in every lane, and known to be: it goes to a uniform register.
 DEV int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 // The same for a condition that holds in every lane or in none: what follows from it goes to uniform registers.

@@ -2,7 +2,6 @@
 // Accumulator of m64nN: lane l of warp w holds rows 16 w + l / 4 (d[4 j], d[4 j + 1]) and + 8 (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 (l % 4) and + 1.
 #pragma once
 #include "cuda/hopper/ptx/device.cuh"
-#include "cuda/hopper/tile/swizzle.h"
 
 namespace machmoe::cuda::hopper {
 
@@ -18,11 +17,10 @@ DEV float2 unpack_here(uint32_t v) {
   return f;
 }
 
-// stmatrix_x4 and ldmatrix_x4 of column blocks j and j + 1 (8 columns each) of 16 rows: matrices (rows low, j), (high, j), (low, j + 1), (high, j + 1).
-// Byte offset of the row that this lane addresses, in a box of kColumns bf16 columns.
-template <int kColumns>
-DEV uint32_t matrix_offset(int lane, int j) {
-  return swizzled(lane & 15, j + (lane >> 4), 2 * kColumns);
-}
+// The 128-byte swizzle: byte offset of 16-byte chunk `chunk` of row `row` in a box whose rows are 128 bytes. 8 rows of a column lie in different banks.
+DEV uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+// stmatrix_x4 of column blocks j and j + 1 (8 columns each) of 16 rows: matrices (rows low, j), (high, j), (low, j + 1), (high, j + 1).
+// Byte offset of the row that this lane addresses, in a box of 64 columns.
+DEV uint32_t matrix_offset(int lane, int j) { return swizzled(lane & 15, j + (lane >> 4)); }
 
 }  // namespace machmoe::cuda::hopper
