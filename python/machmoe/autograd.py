@@ -48,13 +48,15 @@ class Route(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, weights, counts)
         ctx.router = router
         ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)  # of what no loss uses: None, not zeros
         return ids, weights, counts, aux
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _dids, dweights, _dcounts, daux):
         logits, ids, weights, counts = ctx.saved_tensors
-        return ops.route_backward(dweights.contiguous(), daux, logits, ids, weights, counts, ctx.router), None, None
+        dweights = torch.zeros_like(weights) if dweights is None else dweights.contiguous()
+        return ops.route_backward(dweights, daux, logits, ids, weights, counts, ctx.router), None, None
 
 
 class Layer(torch.autograd.Function):
@@ -68,12 +70,13 @@ class Layer(torch.autograd.Function):
         o, h, metadata = ops.topk_experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, ids, weights, *options, save_h)
         ctx.save_for_backward(x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, counts)
         ctx.options = (router, *options)
+        ctx.set_materialize_grads(False)
         return o, aux
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o, daux):
-        d_o = d_o.contiguous()
+        d_o = torch.zeros_like(ctx.saved_tensors[0]) if d_o is None else d_o.contiguous()
         need = ctx.needs_input_grad
         dx, drouter_w, *grads = ops.layer_backward(
             d_o, daux, *ctx.saved_tensors, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]

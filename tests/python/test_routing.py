@@ -161,3 +161,25 @@ def test_errors_name_the_argument():
     r = machmoe.Routing.from_topk(ids, weights, E)
     with pytest.raises(ValueError, match="routing is for 50 tokens and 7 experts, expected T = 49"):
         machmoe.experts_general(torch.randn(49, 8), torch.randn(E, 16, 8), torch.randn(E, 8, 8), r)
+
+
+def test_gradients_of_one_result_alone_are_those_beside_zeros_for_the_other():
+    torch.manual_seed(7)
+    T, d, n, E, K = 40, 16, 8, 6, 2
+    sizes = {"x": (T, d), "router_w": (E, d), "w1": (E, 2 * n, d), "w2": (E, d, n)}
+    leaves = {name: torch.randn(size, dtype=torch.float64, requires_grad=True) for name, size in sizes.items()}
+
+    def gradients(pick):
+        return torch.autograd.grad(pick(*machmoe.layer(**leaves, k=K)), leaves.values(), allow_unused=True)
+
+    for alone, beside in (
+        (lambda o, aux: o.square().sum(), lambda o, aux: o.square().sum() + 0 * aux),
+        (lambda o, aux: aux, lambda o, aux: aux + 0 * o.sum()),
+    ):
+        for a, b in zip(gradients(alone), gradients(beside), strict=True):
+            torch.testing.assert_close(a, b)
+
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    ids, weights, _, aux = machmoe.route(logits, K)
+    for alone, beside in ((weights.square().sum(), weights.square().sum() + 0 * aux), (aux, aux + 0 * weights.sum())):
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (alone, beside)))
