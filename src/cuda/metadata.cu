@@ -395,7 +395,7 @@ void check_experts(const Shape& s) { MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is
 
 template <class Kernel>
 void allow_smem(Kernel kernel, size_t bytes) {
-  if (bytes > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  if (bytes > 40 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(bytes));
 }
 template <class... Args>
 void launch_cooperative(void (*kernel)(Args...), int64_t items, size_t smem, Stream stream, Args... args) {

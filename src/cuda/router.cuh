@@ -6,6 +6,8 @@
 #include <climits>
 #include <cstdint>
 
+#include "cuda/math.cuh"
+
 namespace machmoe::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
@@ -35,17 +37,7 @@ __device__ inline float warp_max(float v) {  // NaN wins
 }
 
 // e^x for x <= 0 by the special function unit: relative error below 1e-6 where the result matters (x > -10), 0 below 2^-126.
-__device__ inline float exp_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
-  return y;
-}
-// 1 / x for x >= 1, within 1 ulp.
-__device__ inline float inverse_of(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ inline float exp_of(float x) { return exp2_approx(x * 1.442695041f); }
 
 // n - (a < b), by the borrow of a subtraction: the compiler needs one instruction more for it.
 __device__ inline void drop_if_less(int& n, uint32_t a, uint32_t b) {

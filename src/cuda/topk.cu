@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) sum += exponential[j] = exp_of(x[j] - top);
       sum = warp_sum(sum);
-      const float scale = valid ? inverse_of(sum) : 0.f;
+      const float scale = valid ? rcp_approx(sum) : 0.f;
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) probs[j] += exponential[j] * scale;
     }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
     if (selected && valid) {
       const unsigned slot = t * p.K + mine.rank;
       p.ids[slot] = mine.index;
-      p.weights[slot] = weight * inverse_of(sum);
+      p.weights[slot] = weight * rcp_approx(sum);
       atomicAdd(count_sum + mine.index, 1);
     }
   }

@@ -3,6 +3,7 @@
 #include "core/activation.h"
 #include "cuda/hopper/gemm/held_tiles.cuh"
 #include "cuda/hopper/gemm/row_store.cuh"
+#include "cuda/math.cuh"
 
 namespace machmoe::cuda::hopper {
 

@@ -66,8 +66,7 @@ struct GatherRows {
     const int* token;  // row -> row of x; null: itself
     int chunks;
   };
-  static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
-  static constexpr int kRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kArrivals = 129;      // 128 threads and the expected bytes
   static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
   template <class R, class Weights>
@@ -124,7 +123,6 @@ struct TmaRows {
     int blocks;       // of a plane: the reduction runs through one plane, then the next
   };
   static constexpr int kArrivals = 1;
-  static constexpr int kRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kProxyFence = false;
 
   template <class R, class Weights>

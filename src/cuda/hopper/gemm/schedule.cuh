@@ -25,9 +25,7 @@ DEV void with_width(int columns, F&& f) {
   if constexpr (kNarrow) {
     if (columns <= 64) return f(std::integral_constant<int, 64>());
     if (columns <= 128) return f(std::integral_constant<int, 128>());
-    if constexpr (kColumns > 192) {
-      if (columns <= 192) return f(std::integral_constant<int, 192>());
-    }
+    if (columns <= 192) return f(std::integral_constant<int, 192>());
   }
   f(std::integral_constant<int, kColumns>());
 }
