@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarps = kIndexThreads / 32;
 constexpr int kMaxPerLane = 4;
-constexpr int kScatterBlocks = 128, kWorkBlocks = 4;  // all at once on 132 SMs
+constexpr int kScatterBlocks = 128;  // beside the blocks of the work list all at once on 132 SMs
 
 // Consecutive slots that one block ranks: few, for one SM scatters slowly, but the scattering blocks each read all histograms.
 struct Chunks {
@@ -280,14 +280,6 @@ __device__ inline Span block_share(int64_t items) {
   const int64_t each = (items + gridDim.x - 1) / gridDim.x, begin = min(each * blockIdx.x, items);
   return {begin, min(begin + each, items)};
 }
-__device__ inline int block_sum(int value) {
-  __shared__ typename IndexScan::TempStorage storage;
-  int before, total;
-  IndexScan(storage).ExclusiveSum(value, before, total);
-  __syncthreads();
-  return total;
-}
-
 // put(item, slot) for the items of token_of(item) >= 0, slots grouped by token and ordered by `less` inside one. The whole cooperative grid calls it.
 template <class TokenOf, class Less, class Put>
 __device__ void group_by_token(const cooperative_groups::grid_group& grid, const TokenGroups& g, int64_t items, TokenOf token_of, Less less,

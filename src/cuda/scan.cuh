@@ -1,4 +1,4 @@
-// Offsets and the work list from the experts' row counts, by one block for itself: every index kernel ends this way.
+// Offsets and the work list from the experts' row counts, by one block for itself: every index kernel has blocks for it.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -9,7 +9,16 @@ namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
 constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
+constexpr int kWorkBlocks = 4;                       // that write the work list beside those that write the rows
 using IndexScan = cub::BlockScan<int, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+
+__device__ inline int block_sum(int value) {
+  __shared__ typename IndexScan::TempStorage storage;
+  int before, total;
+  IndexScan(storage).ExclusiveSum(value, before, total);
+  __syncthreads();
+  return total;
+}
 
 // Exclusive sums over the experts, in shared memory; entry E is the total.
 struct ExpertScan {

@@ -1,11 +1,12 @@
-// Token rounding (arXiv 2512.14080, §5, Algorithm 4) without a sort: every expert finds the key of its last kept token bit by bit.
-//   mark    top-K of each token; keys of all pairs, transposed to [E][T]; f = rows of each expert
-//   select  target of each expert and the threshold of its keys                    (Balance-f: its targets by one thread before)
-//   rows    offsets, work list, and the kept tokens of each expert in ascending order; which experts a token has, as bits
-//   slots   token_offsets; then the inverse map and renormalised scores
+// Token rounding (arXiv 2512.14080, section 5, Algorithm 4) without a sort: every expert finds the key of its last kept token digit by digit.
+//   mark    top-K of each token; keys of all pairs, transposed to [E][T]
+//   select  f, target and the threshold of each expert                                (Balance-f: targets by two small kernels before)
+//   member  by token: which experts keep it, and its slots among those of its block
+//   rows    by expert: its kept tokens in ascending order, their scores and places in the inverse map; offsets and the work list
 // A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
 // ones the lower token.
 #include <algorithm>
+#include <bit>
 
 #include "core/token_rounding.h"
 #include "core/workspace.h"
@@ -17,10 +18,12 @@ namespace machmoe::cuda {
 namespace {
 
 constexpr uint32_t kChosen = 1u << 30;
-constexpr int kMaxScoredTile = 2048;  // NrS sorts one tile of scores in shared memory
+constexpr int kMaxScoredTile = 2048;   // NrS sorts one tile of scores in shared memory
+constexpr int kMaxTokenBlocks = 4096;  // whose sums each expert scans in shared memory
 
 struct Params {
   int64_t T, R_cap;
+  int64_t pitch;  // T rounded up to 32
   int E, K, tile;
   bool rounding;  // T >= tile
   RoundingRule rule;
@@ -29,19 +32,24 @@ struct Params {
   const float* scores;  // [T, E]
   Routing out;
   WorkList work;
-  uint32_t* keys;     // [E][T]
-  int* topk_count;    // [E]
-  int* token_count;   // [T]
-  unsigned* experts;  // [(E + 31) / 32][T] bit e % 32 of word e / 32: token t has expert e
-  uint2* threshold;   // [E] smallest kept key, and how many tokens of exactly that key are kept
+  uint32_t* keys;    // [E][pitch], 0 past T
+  int* topk_count;   // [E] for Balance-f
+  uint2* threshold;  // [E] smallest kept key, and the last token of exactly that key that is kept
+  uint2* slots;      // [(E + 31) / 32][T] bit e % 32: token t keeps expert e; and the first slot of these, counted from that of the token's block
+  int* slot_sums;    // [token blocks] slots of a block
+  int token_shift;   // log2 of the tokens of a block
 };
 
 __device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
+__device__ inline bool kept(uint32_t key, int64_t t, uint2 threshold) {
+  return key > threshold.x || (key == threshold.x && t <= static_cast<int>(threshold.y));
+}
 
 // ---- mark ----------------------------------------------------------------------------------------------------------------------
-// A warp per token; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
-extern __shared__ uint32_t tile_keys[];  // [warps][E | 1]
+constexpr int kMarkWarps = 16;
+extern __shared__ __align__(16) uint32_t shared_memory[];
 
+// Any E and K.
 __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) {
   uint32_t threshold = 0;
 #pragma unroll 1
@@ -64,50 +72,143 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
   }
 }
 
+// A warp per token and turn; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
 template <int kPerLane>
-__global__ void __launch_bounds__(kPerLane > 8 ? 512 : 1024, 1) mark_kernel(const __grid_constant__ Params p) {
-  __shared__ ulonglong2 memory[kPerLane > 8 ? 16 : 32][16];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pitch = p.E | 1;
-  const int64_t first = int64_t{blockIdx.x} * warps, t = first + warp;
-  uint32_t* row = tile_keys + warp * pitch;
-  auto load = [&](int e) {
-    const float s = p.scores[t * p.E + e];
-    return s > 0.f && s <= 1.f ? __float_as_uint(s) : 0u;
-  };
-  if (t < p.T) {
+__global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p, int tokens) {
+  __shared__ ulonglong2 memory[kMarkWarps][16];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pitch = p.E | 1;
+  const int64_t first = int64_t{blockIdx.x} * tokens;
+  uint32_t* const tile = shared_memory;  // [tokens][E | 1]
+  for (int base = 0; base < tokens; base += kMarkWarps) {
+    const int column = base + warp;
+    uint32_t* row = tile + column * pitch;
+    const bool valid = column < tokens && first + column < p.T;
+    const float* scores = p.scores + (valid ? first + column : 0) * p.E;
+    auto load = [&](int e) {
+      const float s = valid ? scores[e] : 0.f;
+      return s > 0.f && s <= 1.f ? __float_as_uint(s) : 0u;
+    };
     if constexpr (kPerLane > 0) {
       uint32_t key[kPerLane];
 #pragma unroll
+      for (int j = 0; j < kPerLane; j++) key[j] = j * 32 + lane < p.E ? load(j * 32 + lane) : 0u;
+#pragma unroll
       for (int j = 0; j < kPerLane; j++) {
-        const int e = j * 32 + lane;
-        const uint32_t score = e < p.E ? load(e) : 0u;
-        if (e < p.E) row[e] = score;
-        key[j] = e < p.E ? score + 1 : 0u;
+        if (j * 32 + lane >= p.E) break;
+        row[j * 32 + lane] = key[j]++;
       }
       __syncwarp();
       const Selected mine = select_best(key, p.K, lane, memory[warp]);
-      if (mine.rank < p.K) row[mine.index] |= kChosen;
-    } else {
+      if (mine.rank < p.K && valid) row[mine.index] |= kChosen;
+    } else if (column < tokens) {
       for (int e = lane; e < p.E; e += 32) row[e] = load(e);
       __syncwarp();
-      mark_by_bisection(row, p.E, p.K, lane);
+      if (valid) mark_by_bisection(row, p.E, p.K, lane);
     }
   }
   __syncthreads();
-  const int tokens = static_cast<int>(min(static_cast<int64_t>(warps), p.T - first));
-  const int per_warp = 32 / warps, sub = lane / warps, column = lane % warps;  // 32 / warps experts at a time
-  for (int base = warp * per_warp; base < p.E; base += warps * per_warp) {
+  const int at_once = 32 / tokens, sub = lane / tokens, column = lane % tokens;  // experts of a warp at a time
+  for (int base = warp * at_once; base < p.E; base += kMarkWarps * at_once) {
     const int e = base + sub;
-    const bool valid = e < p.E && column < tokens;
-    const uint32_t key = valid ? tile_keys[column * pitch + e] : 0u;
-    if (valid) p.keys[int64_t{e} * p.T + first + column] = key;
-    const unsigned chosen = __ballot_sync(kAllLanes, (key & kChosen) != 0);
-    const int count = __popc(warps == 32 ? chosen : chosen >> sub * warps & ((1u << warps) - 1));
-    if (column == 0 && count > 0) atomicAdd(p.topk_count + e, count);
+    if (e < p.E) p.keys[e * p.pitch + first + column] = tile[column * pitch + e];
   }
 }
 
 // ---- select --------------------------------------------------------------------------------------------------------------------
+// The keys of one expert, in shared memory where they fit.
+class ExpertKeys {
+ public:
+  static constexpr int64_t kMaxShared = 48 * 1024;
+  static size_t shared_bytes(int64_t pitch) { return pitch <= kMaxShared ? sizeof(uint32_t) * static_cast<size_t>(pitch) : 0; }
+
+  __device__ ExpertKeys(const Params& p, int e) : pitch_(p.pitch), keys_(p.keys + e * p.pitch) {
+    int chosen = 0;
+    if (p.pitch <= kMaxShared) {
+      auto* copy = reinterpret_cast<uint4*>(shared_memory);
+      const auto* from = reinterpret_cast<const uint4*>(keys_);
+#pragma unroll 8
+      for (int i = threadIdx.x; i < p.pitch / 4; i += kIndexThreads) {
+        const uint4 k = from[i];
+        copy[i] = k;
+        chosen += static_cast<int>((k.x >> 30) + (k.y >> 30) + (k.z >> 30) + (k.w >> 30));
+      }
+      keys_ = shared_memory;
+    } else {
+      each([&](uint32_t key) { chosen += static_cast<int>(key >> 30); });
+    }
+    f_ = block_sum(chosen);
+  }
+  __device__ int f() const { return f_; }  // among the top K of so many tokens
+  template <class F>
+  __device__ void each(F f) const {
+    const auto* keys = reinterpret_cast<const uint4*>(keys_);
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < pitch_ / 4; i += kIndexThreads) {
+      const uint4 k = keys[i];
+      f(k.x), f(k.y), f(k.z), f(k.w);
+    }
+  }
+  struct Rank {
+    uint32_t key;
+    int kept, same;  // of exactly this key: those of the first `count`, all
+  };
+  // The count-th largest key, 1 <= count <= T: three digits of 10 bits below the top bit. All threads of the block call it.
+  __device__ Rank ranked(int count) const {
+    __shared__ typename IndexScan::TempStorage storage;
+    __shared__ int histogram[kIndexThreads];
+    __shared__ Rank found;
+    Rank rank{count <= f_ ? 1u : 0u, count <= f_ ? count : count - f_, 0};
+#pragma unroll 1
+    for (int shift = 20; shift >= 0; shift -= 10) {
+      histogram[threadIdx.x] = 0;
+      __syncthreads();
+      each([&](uint32_t key) {
+        if (key >> (shift + 10) == rank.key) atomicAdd(histogram + (key >> shift & 1023u), 1);
+      });
+      __syncthreads();
+      const int digit = kIndexThreads - 1 - static_cast<int>(threadIdx.x), own = histogram[digit];
+      int before;
+      IndexScan(storage).ExclusiveSum(own, before);
+      if (before < rank.kept && rank.kept <= before + own) found = {rank.key << 10 | static_cast<uint32_t>(digit), rank.kept - before, own};
+      __syncthreads();
+      rank = found;
+    }
+    return rank;
+  }
+  // The count-th token of exactly this key.
+  __device__ int token_of(uint32_t key, int count) const {
+    __shared__ typename IndexScan::TempStorage storage;
+    __shared__ int token;
+    for (int64_t base = 0; count > 0; base += kIndexThreads) {
+      const int64_t t = base + threadIdx.x;
+      const int equal = t < pitch_ && keys_[t] == key;
+      int before, total;
+      IndexScan(storage).ExclusiveSum(equal, before, total);
+      if (equal && before == count - 1) token = static_cast<int>(t);
+      count -= total;
+      __syncthreads();
+    }
+    return token;
+  }
+
+ private:
+  int64_t pitch_;
+  const uint32_t* keys_;
+  int f_;
+};
+
+__global__ void __launch_bounds__(kIndexThreads, 1) count_kernel(const __grid_constant__ Params p) {
+  const auto* keys = reinterpret_cast<const uint4*>(p.keys + blockIdx.x * p.pitch);
+  int chosen = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < p.pitch / 4; i += kIndexThreads) {
+    const uint4 k = keys[i];
+    chosen += static_cast<int>((k.x >> 30) + (k.y >> 30) + (k.z >> 30) + (k.w >> 30));
+  }
+  chosen = block_sum(chosen);
+  if (threadIdx.x == 0) p.topk_count[blockIdx.x] = chosen;
+}
+
 __global__ void balance_kernel(const __grid_constant__ Params p) {
   __shared__ int count[kMaxExperts];
   for (int e = threadIdx.x; e < p.E; e += blockDim.x) count[e] = p.topk_count[e];
@@ -124,81 +225,36 @@ __global__ void balance_kernel(const __grid_constant__ Params p) {
   for (int e = threadIdx.x; e < p.E; e += blockDim.x) p.out.counts[e] = count[e];
 }
 
-// The keys of one expert: in registers, key i of a thread being that of token 1024 i + thread; kKeys = 0: in memory, any T.
-template <int kKeys>
-class ExpertKeys {
- public:
-  __device__ ExpertKeys(const uint32_t* keys, int64_t T) : keys_(keys), T_(T) {
-#pragma unroll
-    for (int i = 0; i < kKeys; i++) {
-      const int64_t t = i * kIndexThreads + static_cast<int>(threadIdx.x);
-      key_[i] = t < T ? keys[t] : 0u;
-    }
-  }
-  template <class F>
-  __device__ void each(F f) const {
-    if constexpr (kKeys > 0) {
-#pragma unroll
-      for (int i = 0; i < kKeys; i++) f(key_[i]);
-    } else {
-#pragma unroll 8
-      for (int64_t t = threadIdx.x; t < T_; t += kIndexThreads) f(keys_[t]);
-    }
-  }
-  // How many keys are >= bound > 0; the same in all threads of the block.
-  __device__ __forceinline__ int at_least(uint32_t bound) {
-    __shared__ int parts[2][32];
-    int count = 0;
-    each([&](uint32_t key) { count += key >= bound; });
-    count = __reduce_add_sync(kAllLanes, count);
-    turn_ ^= 1;
-    if (threadIdx.x % 32 == 0) parts[turn_][threadIdx.x / 32] = count;
-    __syncthreads();
-    return __reduce_add_sync(kAllLanes, parts[turn_][threadIdx.x % 32]);
-  }
-  // The count-th largest key, 1 <= count <= T.
-  __device__ uint32_t ranked(int count) {
-    uint32_t key = 0;
-#pragma unroll 1
-    for (int bit = 30; bit >= 0; bit--)
-      if (at_least(key | 1u << bit) >= count) key |= 1u << bit;
-    return key;
-  }
-
- private:
-  const uint32_t* keys_;
-  int64_t T_;
-  uint32_t key_[kKeys > 0 ? kKeys : 1];
-  int turn_ = 0;
-};
-
-// NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order.
-template <int kKeys>
-__device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, float& below, float& span) {
-  __shared__ uint32_t between[kMaxScoredTile], sorted[kMaxScoredTile];
+// NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order. high, low: the keys of ranks down - 1 (any, if down is 0)
+// and up - 1.
+__device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, ExpertKeys::Rank low, int down, int up, float& below, float& span) {
+  __shared__ uint32_t between[kMaxScoredTile];
+  __shared__ float sorted[kMaxScoredTile];
   __shared__ int filled;
   __shared__ float sums[2];
-  const uint32_t high = down > 0 ? keys.ranked(down) : ~0u, low = keys.ranked(up);
-  const int from_high = down > 0 ? min(keys.at_least(high), up) - down : 0;  // further tokens with the key of rank down - 1
+  const int from_high = min(high.same - high.kept, up - down);  // further tokens with the key of rank down - 1
   if (threadIdx.x == 0) filled = 0;
   __syncthreads();
   keys.each([&](uint32_t key) {
-    if (key > low && key < high) between[atomicAdd(&filled, 1)] = key;
+    if (key > low.key && key < high.key) between[atomicAdd(&filled, 1)] = key;
   });
   __syncthreads();
   const int count = filled;
-  for (int i = threadIdx.x; i < count; i += kIndexThreads) {
-    int rank = 0;
+  for (int i = threadIdx.x; i < up - down; i += kIndexThreads) {
+    if (i >= count) continue;
+    int rank = from_high;
     for (int j = 0; j < count; j++) rank += between[j] > between[i] || (between[j] == between[i] && j < i);
-    sorted[rank] = between[i];
+    sorted[rank] = score_of(between[i]);
   }
+  for (int i = threadIdx.x; i < up - down; i += kIndexThreads)
+    if (i < from_high || i >= from_high + count) sorted[i] = score_of(i < from_high ? high.key : low.key);
   __syncthreads();
   if (threadIdx.x == 0) {
     float sum = 0.f;
-    for (int i = 0; i < up - down; i++) {
-      sum += score_of(i < from_high ? high : i < from_high + count ? sorted[i - from_high] : low);
-      if (down + i == f - 1) sums[0] = sum;
-    }
+    int i = 0;
+    for (; i < keys.f() - down; i++) sum += sorted[i];
+    sums[0] = sum;
+    for (; i < up - down; i++) sum += sorted[i];
     sums[1] = sum;
   }
   __syncthreads();
@@ -206,62 +262,153 @@ __device__ void score_sums(ExpertKeys<kKeys>& keys, int down, int f, int up, flo
   span = sums[1];
 }
 
-template <int kKeys>
 __global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
-  const int e = blockIdx.x, f = p.topk_count[e], over = f % p.tile, down = f - over;
-  ExpertKeys<kKeys> keys(p.keys + int64_t{e} * p.T, p.T);
+  const int e = blockIdx.x;
+  const ExpertKeys keys(p, e);
+  const int f = keys.f(), over = f % p.tile, down = f - over, up = down + p.tile;
+  const bool room = int64_t{down} + p.tile <= p.T;
   int target = f;
-  if (p.rounding && over > 0) {
-    if (p.rule == RoundingRule::BalanceF) {
-      target = p.out.counts[e];
-    } else {
-      const bool room = int64_t{down} + p.tile <= p.T;
-      float below = 0.f, span = 0.f;
-      if (p.rule == RoundingRule::NrS && room) score_sums(keys, down, f, down + p.tile, below, span);
-      target = room && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span) ? down + p.tile : down;
+  ExpertKeys::Rank last{~0u, 0, 0};  // of the last kept token
+  if (p.rounding && over > 0 && p.rule == RoundingRule::NrS && room) {
+    const ExpertKeys::Rank high = down > 0 ? keys.ranked(down) : last, low = keys.ranked(up);
+    float below, span;
+    score_sums(keys, high, low, down, up, below, span);
+    const bool pad = rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span);
+    target = pad ? up : down;
+    last = pad ? low : high;
+  } else {
+    if (p.rounding && over > 0) {
+      if (p.rule == RoundingRule::BalanceF) target = p.out.counts[e];
+      else target = room && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), 0.f, 0.f) ? up : down;
     }
+    if (target > 0) last = keys.ranked(target);
   }
-  uint32_t threshold = ~0u;
-  int equals = 0;
-  if (target > 0) {
-    threshold = keys.ranked(target);
-    equals = target - keys.at_least(threshold + 1);
-  }
+  const int last_token = last.kept < last.same ? keys.token_of(last.key, last.kept) : INT_MAX;
   if (threadIdx.x == 0) {
-    p.threshold[e] = {threshold, static_cast<unsigned>(equals)};
+    p.threshold[e] = {last.key, static_cast<unsigned>(last_token)};
     p.out.counts[e] = target;
   }
 }
 
+// ---- member --------------------------------------------------------------------------------------------------------------------
+constexpr int kMemberThreads = 256;
+
+// The tokens of a turn: a warp looks at 32 tokens and 32 experts at a time, and where there are few experts the warps share out the tokens.
+int member_tokens(int64_t E) { return E <= 32 ? 256 : E <= 64 ? 128 : E <= 128 ? 64 : 32; }
+
+__global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_constant__ Params p, int tokens) {
+  constexpr int kLoads = 16;
+  using Scan = cub::BlockScan<int, kMemberThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage storage;
+  const int words = (p.E + 31) / 32, at_once = kMemberThreads / tokens;
+  auto* threshold = reinterpret_cast<uint2*>(shared_memory);  // [32 words]
+  uint32_t* bits = shared_memory + 64 * words;                // [words][tokens]
+  for (int e = threadIdx.x; e < 32 * words; e += kMemberThreads) threshold[e] = e < p.E ? p.threshold[e] : uint2{~0u, 0};
+  __syncthreads();
+  const int column = threadIdx.x / 32 / at_once * 32 + threadIdx.x % 32;
+  const int64_t begin = int64_t{blockIdx.x} << p.token_shift, end = min(begin + (int64_t{1} << p.token_shift), p.T);
+  int slot = 0;
+  for (int64_t base = begin; base < end; base += tokens) {
+    const int64_t t = base + column;
+    for (int word = threadIdx.x / 32 % at_once; word < words; word += at_once) {
+      uint32_t mask = 0;
+#pragma unroll
+      for (int part = 0; part < 32; part += kLoads) {
+        uint32_t key[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; j++) {
+          const int e = word * 32 + part + j;
+          key[j] = t < p.T && e < p.E ? p.keys[e * p.pitch + t] : 0u;
+        }
+#pragma unroll
+        for (int j = 0; j < kLoads; j++)
+          if (kept(key[j], t, threshold[word * 32 + part + j])) mask |= 1u << (part + j);
+      }
+      bits[word * tokens + column] = t < p.T ? mask : 0u;
+    }
+    __syncthreads();
+    const int64_t own_token = base + threadIdx.x;
+    int own = 0, before, total;
+    if (threadIdx.x < tokens)
+      for (int word = 0; word < words; word++) own += __popc(bits[word * tokens + threadIdx.x]);
+    Scan(storage).ExclusiveSum(own, before, total);
+    if (threadIdx.x < tokens && own_token < p.T)
+      for (int word = 0, next = slot + before; word < words; word++) {
+        const uint32_t mask = bits[word * tokens + threadIdx.x];
+        p.slots[word * p.T + own_token] = {mask, static_cast<unsigned>(next)};
+        next += __popc(mask);
+      }
+    slot += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) p.slot_sums[blockIdx.x] = slot;
+}
+
 // ---- rows ----------------------------------------------------------------------------------------------------------------------
-extern __shared__ int scan_memory[];
+constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads;  // tokens at a time
+
+struct RowsMemory {
+  int* first_slot;  // [kMaxTokenBlocks]
+  uint32_t* key;    // [kChunk] of the kept tokens
+  uint16_t* token;  // [kChunk] in the chunk
+  __device__ RowsMemory()
+      : first_slot(reinterpret_cast<int*>(shared_memory)),
+        key(shared_memory + kMaxTokenBlocks),
+        token(reinterpret_cast<uint16_t*>(shared_memory + kMaxTokenBlocks + kChunk)) {}
+  static size_t bytes(int64_t E) { return std::max<size_t>(4 * kMaxTokenBlocks + 6 * kChunk, 4 * static_cast<size_t>(ExpertScan::ints(E))); }
+};
 
 __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
-  constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads, kWarps = kIndexThreads / 32;
+  if (blockIdx.x < kWorkBlocks) {
+    ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
+    scan.run(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
+    write_work(scan, p.E, blockIdx.x, kWorkBlocks, nullptr, p.out.offsets, p.work);
+    return;
+  }
+  constexpr int kWarps = kIndexThreads / 32;
   __shared__ typename IndexScan::TempStorage storage;
-  __shared__ int group_sum[kPerThread * kWarps];  // low half: keys above the threshold, high half: equal ones
-  const int e = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  ExpertScan scan(scan_memory, p.E);
-  scan.run(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
-  write_work(scan, p.E, e, p.E, nullptr, p.out.offsets, p.work);
-  for (int64_t row = scan.rows[p.E] + int64_t{e} * kIndexThreads + threadIdx.x; row < p.R_cap; row += int64_t{p.E} * kIndexThreads)
-    clear_row(p.out, row);
-
-  const uint32_t threshold = p.threshold[e].x;
-  const int wanted = static_cast<int>(p.threshold[e].y), start = scan.rows[e];
-  const uint32_t* keys = p.keys + int64_t{e} * p.T;
-  auto* score = static_cast<float*>(p.out.score);
-  int above_before = 0, equal_before = 0;
-  for (int64_t base = 0; base < p.T; base += kChunk) {
-    uint32_t key[kPerThread];
-    unsigned above[kPerThread], equal[kPerThread];
+  __shared__ int group_sum[kPerThread * kWarps];  // kept tokens of 32
+  const RowsMemory m;
+  const int e = static_cast<int>(blockIdx.x) - kWorkBlocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint2 threshold = p.threshold[e];
+  const uint32_t* keys = p.keys + e * p.pitch;
+  uint32_t key[kPerThread];
+  const auto load = [&](int64_t base) {
 #pragma unroll
     for (int i = 0; i < kPerThread; i++) {
       const int64_t t = base + i * kIndexThreads + threadIdx.x;
       key[i] = t < p.T ? keys[t] : 0u;
-      above[i] = __ballot_sync(kAllLanes, key[i] > threshold && t < p.T);
-      equal[i] = __ballot_sync(kAllLanes, key[i] == threshold && t < p.T);
-      if (lane == 0) group_sum[i * kWarps + warp] = __popc(above[i]) | __popc(equal[i]) << 16;
+    }
+  };
+  load(0);
+
+  int lower = 0, all = 0;
+  for (int i = threadIdx.x; i < p.E; i += kIndexThreads) {
+    const int count = p.out.counts[i];
+    all += count;
+    lower += i < e ? count : 0;
+  }
+  int row_begin = block_sum(lower);
+  const int R = block_sum(all), token_blocks = static_cast<int>((p.T + (int64_t{1} << p.token_shift) - 1) >> p.token_shift);
+  int sums[kMaxTokenBlocks / kIndexThreads];
+#pragma unroll
+  for (int i = 0; i < kMaxTokenBlocks / kIndexThreads; i++) {
+    const int block = static_cast<int>(threadIdx.x) * (kMaxTokenBlocks / kIndexThreads) + i;
+    sums[i] = block < token_blocks ? p.slot_sums[block] : 0;
+  }
+  IndexScan(storage).ExclusiveSum(sums, sums);
+#pragma unroll
+  for (int i = 0; i < kMaxTokenBlocks / kIndexThreads; i++) m.first_slot[threadIdx.x * (kMaxTokenBlocks / kIndexThreads) + i] = sums[i];
+  __syncthreads();
+
+  auto* score = static_cast<float*>(p.out.score);
+  for (int64_t base = 0; base < p.T; base += kChunk) {
+    unsigned mask[kPerThread];
+#pragma unroll
+    for (int i = 0; i < kPerThread; i++) {
+      const int64_t t = base + i * kIndexThreads + threadIdx.x;
+      mask[i] = __ballot_sync(kAllLanes, t < p.T && kept(key[i], t, threshold));
+      if (lane == 0) group_sum[i * kWarps + warp] = __popc(mask[i]);
     }
     __syncthreads();
     int sum = threadIdx.x < kPerThread * kWarps ? group_sum[threadIdx.x] : 0, total;
@@ -270,87 +417,69 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kPerThread; i++) {
-      const unsigned lower = (1u << lane) - 1, before = static_cast<unsigned>(group_sum[i * kWarps + warp]);
-      const int above_rank = above_before + static_cast<int>(before & 0xFFFFu) + __popc(above[i] & lower);
-      const int equal_rank = equal_before + static_cast<int>(before >> 16) + __popc(equal[i] & lower);
-      if (!(above[i] >> lane & 1) && !((equal[i] >> lane & 1) && equal_rank < wanted)) continue;
-      const int row = start + above_rank + min(equal_rank, wanted), t = static_cast<int>(base) + i * kIndexThreads + static_cast<int>(threadIdx.x);
-      p.out.token[row] = t;
-      p.out.expert[row] = e;
-      score[row] = score_of(key[i]);
-      atomicOr(p.experts + int64_t{e / 32} * p.T + t, 1u << e % 32);
-      atomicAdd(p.token_count + t, 1);
+      if (!(mask[i] >> lane & 1)) continue;
+      const int at = group_sum[i * kWarps + warp] + __popc(mask[i] & ((1u << lane) - 1));
+      m.key[at] = key[i];
+      m.token[at] = static_cast<uint16_t>(i * kIndexThreads + threadIdx.x);
     }
-    above_before += total & 0xFFFF;
-    equal_before += total >> 16;
+    load(base + kChunk);
     __syncthreads();
+    for (int i = threadIdx.x; i < total; i += kIndexThreads) {
+      const int row = row_begin + i;
+      const int64_t t = base + m.token[i];
+      const uint2 own = p.slots[e / 32 * p.T + t];
+      p.out.inverse[m.first_slot[t >> p.token_shift] + static_cast<int>(own.y) + __popc(own.x & ((1u << e % 32) - 1))] = row;
+      p.out.token[row] = static_cast<int>(t);
+      p.out.expert[row] = e;
+      float value = score_of(m.key[i]);
+      if (p.renormalize) {
+        float scores = 0.f;  // of the token's kept pairs, in slot order
+        for (int word = 0; word < (p.E + 31) / 32; word++)
+          for (unsigned left = p.slots[word * p.T + t].x; left; left &= left - 1) scores += p.scores[t * p.E + word * 32 + __ffs(left) - 1];
+        if (scores > 0.f) value /= scores;
+      }
+      score[row] = value;
+    }
+    row_begin += total;
   }
-}
 
-// ---- slots ---------------------------------------------------------------------------------------------------------------------
-// Every block sums the counts before its share of the tokens, then scans its share.
-__global__ void __launch_bounds__(kIndexThreads, 1) token_offsets_kernel(const int* count, int* offsets, int64_t T, int64_t share) {
-  __shared__ typename IndexScan::TempStorage storage;
-  const int64_t begin = min(blockIdx.x * share, T), end = min(begin + share, T);
-  int start = 0, before;
-  for (int64_t t = threadIdx.x; t < begin; t += kIndexThreads) start += count[t];
-  IndexScan(storage).ExclusiveSum(start, before, start);
-  for (int64_t base = begin; base < end; base += kIndexThreads) {
-    const int64_t t = base + threadIdx.x;
-    int total;
-    __syncthreads();
-    IndexScan(storage).ExclusiveSum(t < end ? count[t] : 0, before, total);
-    if (t < end) offsets[t] = start + before;
-    start += total;
-  }
-  if (end == T && begin <= T && blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) offsets[T] = start;
-}
-
-__global__ void __launch_bounds__(256) slots_kernel(const __grid_constant__ Params p) {
-  const int64_t row = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (row >= p.R_cap) return;
-  if (row >= p.out.offsets[p.E]) {
+  const int64_t thread = int64_t{e} * kIndexThreads + threadIdx.x, threads = int64_t{p.E} * kIndexThreads;
+  for (int64_t t = thread; t < p.T; t += threads) p.out.token_offsets[t] = m.first_slot[t >> p.token_shift] + static_cast<int>(p.slots[t].y);
+  if (thread == 0) p.out.token_offsets[p.T] = R;
+  for (int64_t row = R + thread; row < p.R_cap; row += threads) {
+    clear_row(p.out, row);
     p.out.inverse[row] = -1;
-    return;
   }
-  const int t = p.out.token[row], e = p.out.expert[row];
-  int slot = p.out.token_offsets[t];
-  for (int word = 0; word < e / 32; word++) slot += __popc(p.experts[word * p.T + t]);
-  slot += __popc(p.experts[e / 32 * p.T + t] & ((1u << e % 32) - 1));
-  p.out.inverse[slot] = static_cast<int>(row);
-  if (!p.renormalize) return;
-  float sum = 0.f;  // of the token's kept scores, in slot order
-  for (int word = 0; word < (p.E + 31) / 32; word++)
-    for (unsigned bits = p.experts[word * p.T + t]; bits; bits &= bits - 1) sum += p.scores[int64_t{t} * p.E + word * 32 + __ffs(bits) - 1];
-  if (sum > 0.f) static_cast<float*>(p.out.score)[row] /= sum;
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
 struct Scratch {
   uint32_t* keys;
-  uint2* threshold;
-  int* zeroed;  // topk_count, token_count, experts
-  size_t zeroed_ints;
+  int *topk_count, *slot_sums;
+  uint2 *threshold, *slots;
 };
+int64_t pitch_of(int64_t T) { return (T + 31) / 32 * 32; }
 Scratch book(const Shape& s, Workspace& ws) {
   Scratch b{};
-  b.keys = ws.take<uint32_t>(s.T * s.E);
+  b.keys = ws.take<uint32_t>(pitch_of(s.T) * s.E);
+  b.topk_count = ws.take<int>(s.E);
+  b.slot_sums = ws.take<int>(kMaxTokenBlocks);
   b.threshold = ws.take<uint2>(s.E);
-  b.zeroed_ints = static_cast<size_t>(s.E + s.T + (s.E + 31) / 32 * s.T);
-  b.zeroed = ws.take<int>(static_cast<int64_t>(b.zeroed_ints));
+  b.slots = ws.take<uint2>((s.E + 31) / 32 * s.T);
   return b;
 }
 
+template <class... Args>
+void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, cudaStream_t stream, Args... args) {
+  if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
+  kernel<<<static_cast<unsigned>(blocks), threads, smem, stream>>>(args...);
+}
 void launch_mark(const Params& p, cudaStream_t stream) {
-  const bool in_registers = p.E <= 512 && p.K <= 16;
-  const int warps = p.E > 1024 ? 8 : in_registers && p.E > 256 ? 16 : 32;  // tokens of a block: what shared memory and registers hold
-  const size_t smem = sizeof(uint32_t) * static_cast<size_t>(warps * (p.E | 1));
-  const auto blocks = static_cast<unsigned>((p.T + warps - 1) / warps);
+  const int tokens = p.E > 1024 ? 8 : 32;  // of a block: what shared memory holds
   const auto run = [&](auto* kernel) {
-    if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-    kernel<<<blocks, static_cast<unsigned>(32 * warps), smem, stream>>>(p);
+    launch(kernel, p.pitch / tokens, 32 * kMarkWarps, sizeof(uint32_t) * static_cast<size_t>(tokens * (p.E | 1)), stream, p, tokens);
   };
-  if (!in_registers) run(mark_kernel<0>);
+  if (p.E > 512 || p.K > kMaxSelected) run(mark_kernel<0>);
   else if (p.E <= 32) run(mark_kernel<1>);
   else if (p.E <= 64) run(mark_kernel<2>);
   else if (p.E <= 128) run(mark_kernel<4>);
@@ -374,8 +503,12 @@ void token_round(const TokenRoundArgs& a, Stream on) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const cudaStream_t stream = stream_of(on);
+  const int tokens = member_tokens(s.E);
+  int shift = std::countr_zero(static_cast<unsigned>(tokens));
+  while ((s.T - 1) >> shift >= kMaxTokenBlocks) shift++;
   const Params p{s.T,
                  s.R_cap,
+                 pitch_of(s.T),
                  static_cast<int>(s.E),
                  static_cast<int>(a.K),
                  static_cast<int>(a.tile),
@@ -387,26 +520,21 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  a.out,
                  work_list(a.out.tiles, s.R_cap, s.E),
                  b.keys,
-                 b.zeroed,
-                 b.zeroed + s.E,
-                 reinterpret_cast<unsigned*>(b.zeroed + s.E + s.T),
-                 b.threshold};
-  const auto experts = static_cast<unsigned>(s.E);
-  MACHMOE_CUDA_CALL(cudaMemsetAsync(b.zeroed, 0, b.zeroed_ints * sizeof(int), stream));
+                 b.topk_count,
+                 b.threshold,
+                 b.slots,
+                 b.slot_sums,
+                 shift};
   if (s.T > 0) launch_mark(p, stream);
-  if (p.rounding && a.rule == RoundingRule::BalanceF) balance_kernel<<<1, 256, 0, stream>>>(p);
-  if (s.T <= 8 * kIndexThreads) select_kernel<8><<<experts, kIndexThreads, 0, stream>>>(p);
-  else if (s.T <= 16 * kIndexThreads) select_kernel<16><<<experts, kIndexThreads, 0, stream>>>(p);
-  else if (s.T <= 24 * kIndexThreads) select_kernel<24><<<experts, kIndexThreads, 0, stream>>>(p);
-  else if (s.T <= 32 * kIndexThreads) select_kernel<32><<<experts, kIndexThreads, 0, stream>>>(p);
-  else select_kernel<0><<<experts, kIndexThreads, 0, stream>>>(p);
-  const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
-  if (smem > 40 * 1024) MACHMOE_CUDA_CALL(cudaFuncSetAttribute(rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
-  rows_kernel<<<experts, kIndexThreads, smem, stream>>>(p);
-  const int64_t share = std::max<int64_t>(kIndexThreads, (s.T + num_sms() - 1) / num_sms());
-  token_offsets_kernel<<<static_cast<unsigned>(std::max<int64_t>(1, (s.T + share - 1) / share)), kIndexThreads, 0, stream>>>(
-      p.token_count, a.out.token_offsets, s.T, share);
-  if (s.R_cap > 0) slots_kernel<<<static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream>>>(p);
+  if (p.rounding && a.rule == RoundingRule::BalanceF) {
+    launch(count_kernel, s.E, kIndexThreads, 0, stream, p);
+    launch(balance_kernel, 1, 256, 0, stream, p);
+  }
+  launch(select_kernel, s.E, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
+  const auto words = static_cast<size_t>((s.E + 31) / 32);
+  if (s.T > 0)
+    launch(member_kernel, ((s.T - 1) >> shift) + 1, kMemberThreads, sizeof(uint32_t) * words * static_cast<size_t>(64 + tokens), stream, p, tokens);
+  launch(rows_kernel, kWorkBlocks + s.E, kIndexThreads, RowsMemory::bytes(s.E), stream, p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
