@@ -47,11 +47,20 @@ extern __shared__ int shared_memory[];
 __device__ int64_t slot_of(int per_lane, int chunk, int i) {
   return (int64_t{chunk} * kIndexThreads + threadIdx.x / 32 * 32) * per_lane + i * 32 + threadIdx.x % 32;
 }
-// The expert of a slot; E: dropped.
+// The experts of this lane's slots; E: dropped. All loads at once.
 template <class Id>
-__device__ int expert_of_slot(const SortParams& p, const Id* ids, int64_t slot) {
-  const uint64_t id = slot < p.slots ? static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) : ~uint64_t{0};
-  return id < static_cast<uint64_t>(p.E) ? static_cast<int>(id) : p.E;  // a negative id is a huge one
+__device__ void load_experts(const SortParams& p, const Id* ids, int chunk, int (&expert)[kMaxPerLane]) {
+  Id id[kMaxPerLane];
+#pragma unroll
+  for (int i = 0; i < kMaxPerLane; i++) {
+    const int64_t slot = slot_of(p.chunks.per_lane, chunk, i);
+    id[i] = i < p.chunks.per_lane && slot < p.slots ? ids[slot] : Id{-1};
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxPerLane; i++) {
+    const auto e = static_cast<uint64_t>(static_cast<int64_t>(id[i]));  // a negative id is a huge one
+    expert[i] = e < static_cast<uint64_t>(p.E) ? static_cast<int>(e) : p.E;
+  }
 }
 
 // ---- ranks and histograms --------------------------------------------------------------------------------------------------------
@@ -94,9 +103,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rank_kernel(SortParams p, co
   const WarpCounters counters(shared_memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunk = blockIdx.x, per_lane = p.chunks.per_lane, bits = 32 - __clz(p.E);
   int expert[kMaxPerLane], rank[kMaxPerLane];
-#pragma unroll
-  for (int i = 0; i < kMaxPerLane; i++)
-    if (i < per_lane) expert[i] = expert_of_slot(p, ids, slot_of(per_lane, chunk, i));
+  load_experts(p, ids, chunk, expert);
   counters.clear(p.E);
   __syncthreads();
 #pragma unroll
@@ -176,47 +183,45 @@ __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p,
     write_work(scan, p.E, blockIdx.x, kWorkBlocks, p.out.counts, p.out.offsets, p.work);
     return;
   }
-  using Scan = cub::BlockScan<uint64_t, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ typename Scan::TempStorage storage;
   const int per_lane = p.chunks.per_lane, chunk_slots = per_lane * kIndexThreads;
   const ScatterMemory m(shared_memory, p.E, chunk_slots);
-  int expert[kMaxPerLane], rank[kMaxPerLane];
+  int expert[kMaxPerLane], rank[kMaxPerLane], own[kItems];
   float score[kMaxPerLane];
   const auto load = [&](int chunk) {
-#pragma unroll
-    for (int i = 0; i < kMaxPerLane; i++) {
-      if (i == per_lane) break;
-      const int64_t slot = slot_of(per_lane, chunk, i);
-      expert[i] = expert_of_slot(p, ids, slot);
-      rank[i] = slot < p.slots ? p.rank[slot] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kMaxPerLane; i++) {
-      if (i == per_lane) break;
-      score[i] = expert[i] < p.E ? source.score(slot_of(per_lane, chunk, i)) : 0.f;
-    }
-  };
-  const int first = static_cast<int>(int64_t{count} * block / blocks), end = static_cast<int>(int64_t{count} * (block + 1) / blocks);
-  load(first);
-  sum_histograms(p, first, m.before, m.total);
-  int rows = 0;  // R
-  for (int chunk = first; chunk < end; chunk++) {
-    uint64_t sum[kItems], sums;  // rows of the expert above those in this chunk
-    int own[kItems];
+    load_experts(p, ids, chunk, expert);
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       const int e = static_cast<int>(threadIdx.x) * kItems + i;
       own[i] = e < p.E ? p.histogram[chunk * ScatterMemory::pitch(p.E) + e] : 0;
-      sum[i] = e < p.E ? uint64_t(static_cast<unsigned>(m.total[e])) << 32 | static_cast<unsigned>(own[i]) : 0;
     }
-    Scan(storage).ExclusiveSum(sum, sum, sums);
+#pragma unroll
+    for (int i = 0; i < kMaxPerLane; i++) {
+      const int64_t slot = slot_of(per_lane, chunk, i);
+      const bool kept = expert[i] < p.E;
+      rank[i] = kept ? p.rank[slot] : 0;
+      score[i] = kept ? source.score(slot) : 0.f;
+    }
+  };
+  const int first = count * block / blocks, end = count * (block + 1) / blocks;  // count < 2^20
+  load(first);
+  sum_histograms(p, first, m.before, m.total);
+  int rows = 0;  // R
+  for (int chunk = first; chunk < end; chunk++) {
+    uint64_t sum = 0, sums;  // rows of the experts before, above those in this chunk
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
-      const int e = static_cast<int>(threadIdx.x) * kItems + i, start = static_cast<int>(static_cast<unsigned>(sum[i]));
+      const int e = static_cast<int>(threadIdx.x) * kItems + i;
+      if (e < p.E) sum += uint64_t(static_cast<unsigned>(m.total[e])) << 32 | static_cast<unsigned>(own[i]);
+    }
+    sum = exclusive_sum(sum, sums);
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int e = static_cast<int>(threadIdx.x) * kItems + i, start = static_cast<int>(static_cast<unsigned>(sum));
       if (e >= p.E) break;
       m.start[e] = start;
-      m.shift[e] = static_cast<int>(sum[i] >> 32) + m.before[e] - start;
+      m.shift[e] = static_cast<int>(sum >> 32) + m.before[e] - start;
       m.before[e] += own[i];
+      sum += uint64_t(static_cast<unsigned>(m.total[e])) << 32 | static_cast<unsigned>(own[i]);
     }
     __syncthreads();
     const int64_t base = int64_t{chunk} * chunk_slots;
@@ -300,13 +305,11 @@ __device__ void group_by_token(const cooperative_groups::grid_group& grid, const
   for (int b = threadIdx.x; b < blockIdx.x; b += kIndexThreads) start += g.sums[b];
   start = block_sum(start);
   for (int64_t base = share.begin; base < share.end; base += kIndexThreads) {
-    __shared__ typename IndexScan::TempStorage storage;
     const int64_t t = base + threadIdx.x;
-    int before, total;
-    IndexScan(storage).ExclusiveSum(t < share.end ? g.cursor[t] : 0, before, total);
+    int total;
+    const int before = exclusive_sum(t < share.end ? g.cursor[t] : 0, total);
     if (t < share.end) g.offsets[t] = g.cursor[t] = start + before;
     start += total;
-    __syncthreads();
   }
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) g.offsets[g.T] = start;
   grid.sync();

@@ -1,7 +1,5 @@
 // Offsets and the work list from the experts' row counts, by one block for itself: every index kernel has blocks for it.
 #pragma once
-#include <cub/block/block_scan.cuh>
-
 #include "cuda/kernels.h"
 #include "cuda/work.h"
 
@@ -10,13 +8,33 @@ namespace machmoe::cuda {
 constexpr int kIndexThreads = 1024;
 constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
 constexpr int kWorkBlocks = 4;                       // that write the work list beside those that write the rows
-using IndexScan = cub::BlockScan<int, kIndexThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
-__device__ inline int block_sum(int value) {
-  __shared__ typename IndexScan::TempStorage storage;
-  int before, total;
-  IndexScan(storage).ExclusiveSum(value, before, total);
+template <class T>
+__device__ T warp_inclusive_sum(T value) {
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const T before = __shfl_up_sync(~0u, value, i);
+    if (threadIdx.x % 32 >= i) value += before;
+  }
+  return value;
+}
+// The sum over the threads of the block before this one. All threads of the block call it.
+template <class T>
+__device__ T exclusive_sum(T value, T& total) {
+  __shared__ T parts[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const T own = warp_inclusive_sum(value);
+  __syncthreads();  // the parts of the call before have been read
+  if (lane == 31) parts[warp] = own;
   __syncthreads();
+  const T part = warp_inclusive_sum(lane < blockDim.x / 32 ? parts[lane] : T{0});
+  total = __shfl_sync(~0u, part, 31);
+  const T before = __shfl_sync(~0u, part, warp == 0 ? 0 : warp - 1);
+  return (warp == 0 ? T{0} : before) + own - value;
+}
+__device__ inline int block_sum(int value) {
+  int total;
+  exclusive_sum(value, total);
   return total;
 }
 
@@ -32,19 +50,18 @@ struct ExpertScan {
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles and pairs.
   template <class Count>
   __device__ void run(int E, int64_t R_cap, Count count) {
-    __shared__ typename IndexScan::TempStorage storage;
     const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
-    int number[kItems], total;
+    int number[kItems];
     for (int i = 0; i < kItems; i++) number[i] = first + i < E ? count(first + i) : 0;
     auto sums = [&](int* out, auto of) {
-      int before[kItems];
-      for (int i = 0; i < kItems; i++) before[i] = of(number[i]);
-      __syncthreads();
-      IndexScan(storage).ExclusiveSum(before, before, total);
+      int own = 0, total;
+      for (int i = 0; i < kItems; i++) own += of(number[i]);
+      int before = exclusive_sum(own, total);
       for (int i = 0; i < kItems; i++) {
-        before[i] = min(before[i], limit);
-        if (first + i < E) out[first + i] = before[i];
-        if (out == rows) number[i] = min(number[i], limit - before[i]);
+        const int here = min(before, limit);
+        if (first + i < E) out[first + i] = here;
+        before += of(number[i]);
+        if (out == rows) number[i] = min(number[i], limit - here);
       }
       if (threadIdx.x == 0) out[E] = min(total, limit);
     };

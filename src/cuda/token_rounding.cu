@@ -41,8 +41,8 @@ struct Params {
 };
 
 __device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
-__device__ inline bool kept(uint32_t key, int64_t t, uint2 threshold) {
-  return key > threshold.x || (key == threshold.x && t <= static_cast<int>(threshold.y));
+__device__ inline bool kept(uint32_t key, int t, uint2 threshold) {
+  return key > threshold.x || (key >= threshold.x && t <= static_cast<int>(threshold.y));
 }
 
 // ---- mark ----------------------------------------------------------------------------------------------------------------------
@@ -74,44 +74,49 @@ __device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) 
 
 // A warp per token and turn; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
 template <int kPerLane>
-__global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p, int tokens) {
+constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared memory holds
+
+template <int kPerLane>
+__global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p) {
+  constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens;
   __shared__ ulonglong2 memory[kMarkWarps][16];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pitch = p.E | 1;
-  const int64_t first = int64_t{blockIdx.x} * tokens;
-  uint32_t* const tile = shared_memory;  // [tokens][E | 1]
-  for (int base = 0; base < tokens; base += kMarkWarps) {
+  const int64_t first = int64_t{blockIdx.x} * kTokens;
+  uint32_t* const tile = shared_memory;  // [kTokens][E | 1]
+  const auto key_of = [](float score) {  // of a score outside [0, 1]: 0
+    const uint32_t bits = __float_as_uint(score);
+    return bits <= __float_as_uint(1.f) ? bits : 0u;
+  };
+#pragma unroll 1
+  for (int base = 0; base < kTokens; base += kMarkWarps) {
     const int column = base + warp;
+    if (kTokens < kMarkWarps && column >= kTokens) break;
     uint32_t* row = tile + column * pitch;
-    const bool valid = column < tokens && first + column < p.T;
-    const float* scores = p.scores + (valid ? first + column : 0) * p.E;
-    auto load = [&](int e) {
-      const float s = valid ? scores[e] : 0.f;
-      return s > 0.f && s <= 1.f ? __float_as_uint(s) : 0u;
-    };
+    const float* scores = p.scores + min(first + column, p.T - 1) * p.E;
     if constexpr (kPerLane > 0) {
+      float score[kPerLane];
       uint32_t key[kPerLane];
 #pragma unroll
-      for (int j = 0; j < kPerLane; j++) key[j] = j * 32 + lane < p.E ? load(j * 32 + lane) : 0u;
+      for (int j = 0; j < kPerLane; j++) score[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? scores[j * 32 + lane] : 0.f;
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) {
-        if (j * 32 + lane >= p.E) break;
-        row[j * 32 + lane] = key[j]++;
+        key[j] = key_of(score[j]);
+        if (j < kPerLane / 2 || j * 32 + lane < p.E) row[j * 32 + lane] = key[j]++;
       }
       __syncwarp();
       const Selected mine = select_best(key, p.K, lane, memory[warp]);
-      if (mine.rank < p.K && valid) row[mine.index] |= kChosen;
-    } else if (column < tokens) {
-      for (int e = lane; e < p.E; e += 32) row[e] = load(e);
+      if (mine.rank < p.K) row[mine.index] |= kChosen;
+    } else {
+      for (int e = lane; e < p.E; e += 32) row[e] = key_of(scores[e]);
       __syncwarp();
-      if (valid) mark_by_bisection(row, p.E, p.K, lane);
+      mark_by_bisection(row, p.E, p.K, lane);
     }
   }
   __syncthreads();
-  const int at_once = 32 / tokens, sub = lane / tokens, column = lane % tokens;  // experts of a warp at a time
-  for (int base = warp * at_once; base < p.E; base += kMarkWarps * at_once) {
-    const int e = base + sub;
-    if (e < p.E) p.keys[e * p.pitch + first + column] = tile[column * pitch + e];
-  }
+  const int column = lane % kTokens;
+  const bool valid = first + column < p.T;
+  uint32_t* keys = p.keys + first + column;
+  for (int e = warp * kAtOnce + lane / kTokens; e < p.E; e += kMarkWarps * kAtOnce) keys[e * p.pitch] = valid ? tile[column * pitch + e] : 0u;
 }
 
 // ---- select --------------------------------------------------------------------------------------------------------------------
@@ -154,7 +159,6 @@ class ExpertKeys {
   };
   // The count-th largest key, 1 <= count <= T: three digits of 10 bits below the top bit. All threads of the block call it.
   __device__ Rank ranked(int count) const {
-    __shared__ typename IndexScan::TempStorage storage;
     __shared__ int histogram[kIndexThreads];
     __shared__ Rank found;
     Rank rank{count <= f_ ? 1u : 0u, count <= f_ ? count : count - f_, 0};
@@ -167,8 +171,8 @@ class ExpertKeys {
       });
       __syncthreads();
       const int digit = kIndexThreads - 1 - static_cast<int>(threadIdx.x), own = histogram[digit];
-      int before;
-      IndexScan(storage).ExclusiveSum(own, before);
+      int total;
+      const int before = exclusive_sum(own, total);
       if (before < rank.kept && rank.kept <= before + own) found = {rank.key << 10 | static_cast<uint32_t>(digit), rank.kept - before, own};
       __syncthreads();
       rank = found;
@@ -177,13 +181,12 @@ class ExpertKeys {
   }
   // The count-th token of exactly this key.
   __device__ int token_of(uint32_t key, int count) const {
-    __shared__ typename IndexScan::TempStorage storage;
     __shared__ int token;
     for (int64_t base = 0; count > 0; base += kIndexThreads) {
       const int64_t t = base + threadIdx.x;
       const int equal = t < pitch_ && keys_[t] == key;
-      int before, total;
-      IndexScan(storage).ExclusiveSum(equal, before, total);
+      int total;
+      const int before = exclusive_sum(equal, total);
       if (equal && before == count - 1) token = static_cast<int>(t);
       count -= total;
       __syncthreads();
@@ -298,8 +301,6 @@ int member_tokens(int64_t E) { return E <= 32 ? 256 : E <= 64 ? 128 : E <= 128 ?
 
 __global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_constant__ Params p, int tokens) {
   constexpr int kLoads = 16;
-  using Scan = cub::BlockScan<int, kMemberThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ typename Scan::TempStorage storage;
   const int words = (p.E + 31) / 32, at_once = kMemberThreads / tokens;
   auto* threshold = reinterpret_cast<uint2*>(shared_memory);  // [32 words]
   uint32_t* bits = shared_memory + 64 * words;                // [words][tokens]
@@ -311,27 +312,26 @@ __global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_con
   for (int64_t base = begin; base < end; base += tokens) {
     const int64_t t = base + column;
     for (int word = threadIdx.x / 32 % at_once; word < words; word += at_once) {
+      const uint32_t* keys = p.keys + word * 32 * p.pitch + t;
+      const int experts = t < p.T ? p.E - word * 32 : 0;
       uint32_t mask = 0;
 #pragma unroll
       for (int part = 0; part < 32; part += kLoads) {
         uint32_t key[kLoads];
 #pragma unroll
-        for (int j = 0; j < kLoads; j++) {
-          const int e = word * 32 + part + j;
-          key[j] = t < p.T && e < p.E ? p.keys[e * p.pitch + t] : 0u;
-        }
+        for (int j = 0; j < kLoads; j++, keys += p.pitch) key[j] = part + j < experts ? *keys : 0u;
 #pragma unroll
         for (int j = 0; j < kLoads; j++)
-          if (kept(key[j], t, threshold[word * 32 + part + j])) mask |= 1u << (part + j);
+          if (kept(key[j], static_cast<int>(t), threshold[word * 32 + part + j])) mask |= 1u << (part + j);
       }
       bits[word * tokens + column] = t < p.T ? mask : 0u;
     }
     __syncthreads();
     const int64_t own_token = base + threadIdx.x;
-    int own = 0, before, total;
+    int own = 0, total;
     if (threadIdx.x < tokens)
       for (int word = 0; word < words; word++) own += __popc(bits[word * tokens + threadIdx.x]);
-    Scan(storage).ExclusiveSum(own, before, total);
+    const int before = exclusive_sum(own, total);
     if (threadIdx.x < tokens && own_token < p.T)
       for (int word = 0, next = slot + before; word < words; word++) {
         const uint32_t mask = bits[word * tokens + threadIdx.x];
@@ -366,7 +366,6 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
     return;
   }
   constexpr int kWarps = kIndexThreads / 32;
-  __shared__ typename IndexScan::TempStorage storage;
   __shared__ int group_sum[kPerThread * kWarps];  // kept tokens of 32
   const RowsMemory m;
   const int e = static_cast<int>(blockIdx.x) - kWorkBlocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -390,15 +389,19 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
   }
   int row_begin = block_sum(lower);
   const int R = block_sum(all), token_blocks = static_cast<int>((p.T + (int64_t{1} << p.token_shift) - 1) >> p.token_shift);
-  int sums[kMaxTokenBlocks / kIndexThreads];
+  constexpr int kSums = kMaxTokenBlocks / kIndexThreads;
+  int sums[kSums], own = 0, slots;
 #pragma unroll
-  for (int i = 0; i < kMaxTokenBlocks / kIndexThreads; i++) {
-    const int block = static_cast<int>(threadIdx.x) * (kMaxTokenBlocks / kIndexThreads) + i;
-    sums[i] = block < token_blocks ? p.slot_sums[block] : 0;
+  for (int i = 0; i < kSums; i++) {
+    const int block = static_cast<int>(threadIdx.x) * kSums + i;
+    own += sums[i] = block < token_blocks ? p.slot_sums[block] : 0;
   }
-  IndexScan(storage).ExclusiveSum(sums, sums);
+  int slot = exclusive_sum(own, slots);
 #pragma unroll
-  for (int i = 0; i < kMaxTokenBlocks / kIndexThreads; i++) m.first_slot[threadIdx.x * (kMaxTokenBlocks / kIndexThreads) + i] = sums[i];
+  for (int i = 0; i < kSums; i++) {
+    m.first_slot[threadIdx.x * kSums + i] = slot;
+    slot += sums[i];
+  }
   __syncthreads();
 
   auto* score = static_cast<float*>(p.out.score);
@@ -407,12 +410,12 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
 #pragma unroll
     for (int i = 0; i < kPerThread; i++) {
       const int64_t t = base + i * kIndexThreads + threadIdx.x;
-      mask[i] = __ballot_sync(kAllLanes, t < p.T && kept(key[i], t, threshold));
+      mask[i] = __ballot_sync(kAllLanes, t < p.T && kept(key[i], static_cast<int>(t), threshold));
       if (lane == 0) group_sum[i * kWarps + warp] = __popc(mask[i]);
     }
     __syncthreads();
-    int sum = threadIdx.x < kPerThread * kWarps ? group_sum[threadIdx.x] : 0, total;
-    IndexScan(storage).ExclusiveSum(sum, sum, total);
+    int total;
+    const int sum = exclusive_sum(threadIdx.x < kPerThread * kWarps ? group_sum[threadIdx.x] : 0, total);
     if (threadIdx.x < kPerThread * kWarps) group_sum[threadIdx.x] = sum;
     __syncthreads();
 #pragma unroll
@@ -475,16 +478,16 @@ void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, c
   kernel<<<static_cast<unsigned>(blocks), threads, smem, stream>>>(args...);
 }
 void launch_mark(const Params& p, cudaStream_t stream) {
-  const int tokens = p.E > 1024 ? 8 : 32;  // of a block: what shared memory holds
-  const auto run = [&](auto* kernel) {
-    launch(kernel, p.pitch / tokens, 32 * kMarkWarps, sizeof(uint32_t) * static_cast<size_t>(tokens * (p.E | 1)), stream, p, tokens);
+  const auto run = [&]<int kPerLane>() {
+    constexpr int kTokens = kMarkTokens<kPerLane>;
+    launch(mark_kernel<kPerLane>, p.pitch / kTokens, 32 * kMarkWarps, sizeof(uint32_t) * static_cast<size_t>(kTokens * (p.E | 1)), stream, p);
   };
-  if (p.E > 512 || p.K > kMaxSelected) run(mark_kernel<0>);
-  else if (p.E <= 32) run(mark_kernel<1>);
-  else if (p.E <= 64) run(mark_kernel<2>);
-  else if (p.E <= 128) run(mark_kernel<4>);
-  else if (p.E <= 256) run(mark_kernel<8>);
-  else run(mark_kernel<16>);
+  if (p.E > 512 || p.K > kMaxSelected) run.template operator()<0>();
+  else if (p.E <= 32) run.template operator()<1>();
+  else if (p.E <= 64) run.template operator()<2>();
+  else if (p.E <= 128) run.template operator()<4>();
+  else if (p.E <= 256) run.template operator()<8>();
+  else run.template operator()<16>();
 }
 
 }  // namespace
