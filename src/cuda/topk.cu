@@ -31,7 +31,7 @@ struct TopkParams {
 // 16 kPerLane < E <= 32 kPerLane, or E <= 32.
 // Two blocks on an SM, with as many warps as their registers allow.
 constexpr int kSmallE = 512;
-constexpr int token_warps(int per_lane) { return per_lane <= 4 ? 24 : per_lane == 8 ? 18 : 12; }
+constexpr int token_warps(int per_lane) { return per_lane <= 4 ? 24 : per_lane == 8 ? 18 : 10; }
 
 template <int kPerLane, class Logit>
 __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
@@ -39,14 +39,14 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
   __shared__ ulonglong2 memory[kWarps][16];
   __shared__ float prob_sum[kWarps][kColumns];
   __shared__ int count_sum[kColumns];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.finished = 0;
-  for (int e = threadIdx.x; e < kColumns; e += 32 * kWarps) count_sum[e] = 0;
+  for (int e = threadIdx.x; e < kColumns; e += blockDim.x) count_sum[e] = 0;
   __syncthreads();
   const bool all = p.over_all || p.block_probs;
   float probs[kPerLane] = {};
   const auto T = static_cast<unsigned>(p.T);
-  for (unsigned first = blockIdx.x; first < T; first += kWarps * gridDim.x) {  // as many turns in every warp
+  for (unsigned first = blockIdx.x; first < T; first += warps * gridDim.x) {  // as many turns in every warp
     const unsigned own = first + warp * gridDim.x;
     const bool valid = own < T;
     const unsigned t = valid ? own : first;
@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
 #pragma unroll
   for (int j = 0; j < kPerLane; j++) prob_sum[warp][j * 32 + lane] = probs[j];
   __syncthreads();
-  for (int e = threadIdx.x; e < p.E; e += 32 * kWarps) {
+  for (int e = threadIdx.x; e < p.E; e += blockDim.x) {
     p.block_counts[int64_t{blockIdx.x} * p.E + e] = count_sum[e];
     if (!p.block_probs) continue;
     float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) sum += prob_sum[w][e];
+#pragma unroll 4
+    for (int w = 0; w < warps; w++) sum += prob_sum[w][e];
     p.block_probs[int64_t{blockIdx.x} * p.E + e] = sum;
   }
 }
@@ -376,7 +376,10 @@ Scratch book(int64_t T, int64_t E, int64_t K, Workspace& ws) {
 
 template <class Logit>
 void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
-  const auto run = [&]<int kPerLane>() { topk_warp_kernel<kPerLane><<<blocks, 32 * token_warps(kPerLane), 0, stream>>>(p); };
+  const auto run = [&]<int kPerLane>() {
+    const auto warps = static_cast<unsigned>(std::clamp<int64_t>((p.T + blocks - 1) / blocks, 1, token_warps(kPerLane)));
+    topk_warp_kernel<kPerLane><<<blocks, 32 * warps, 0, stream>>>(p);
+  };
   if (!fits_warp(p.E, p.K)) topk_block_kernel<<<blocks, kThreads, 0, stream>>>(p);
   else if (p.E <= 32) run.template operator()<1>();
   else if (p.E <= 64) run.template operator()<2>();
