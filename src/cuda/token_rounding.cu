@@ -475,7 +475,7 @@ Scratch book(const Shape& s, Workspace& ws) {
 template <class... Args>
 void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, cudaStream_t stream, Args... args) {
   if (smem > 24 * 1024)  // with the static part, at most 21 KB here, that may be more than 48 KB
-    MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)));
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(smem));
   kernel<<<static_cast<unsigned>(blocks), threads, smem, stream>>>(args...);
 }
 void launch_mark(const Params& p, cudaStream_t stream) {
