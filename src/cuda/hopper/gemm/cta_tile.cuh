@@ -12,9 +12,6 @@ struct CtaTile {
   bool more;  // the consumer has another tile after this one
 };
 
-// step.entries counts tiles, step.work lists them; an entry of the walk is a pair of them.
-DEV bool ended(const TileWalk& at, int tiles) { return 2 * at.entry >= tiles; }
-
 // As the producer sees it. Loaded one tile ahead: the constructor touches no loaded value, else the producer would wait for it there.
 struct ClusterTile {
   int4 work{};    // expert, row, row_end
@@ -23,8 +20,8 @@ struct ClusterTile {
   int present = -1;  // tiles from this one to the end of the list; 0: the list ended between the two CTAs, -1: before them
 
   DEV ClusterTile(const TileWalk& at, const WalkStep& step, int tiles, int rank) {
-    if (ended(at, tiles)) return;
-    const int index = 2 * at.entry + rank, last = tiles - 1;
+    if (at.ended(step, tiles)) return;
+    const int index = 2 * at.entry(step) + rank, last = tiles - 1;
     const int4* list = reinterpret_cast<const int4*>(step.work);
     present = tiles - index;
     work = __ldg(list + min(index, last));

@@ -55,8 +55,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 
   if (threadIdx.x == 0) ring.init(Loader::kArrivals);
   cluster_sync();
-  const int tiles = __ldg(p.step.entries);
+  const int tiles = __ldg(p.step.tiles);
   TileWalk first(p.step, blockIdx.x / 2);
+  first.settle(p.step, tiles);
 
   if (warpgroup == 0) {
     reg_dec<40>();  // 128 x 40 + 256 x 232: what the launch took, 384 x 168. More would wait for ever
@@ -67,11 +68,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
     const int w = warpgroup - 1, warp = uniform(tid / 32);
     const int slot = w * 4 + warp;
     Epilogue epilogue(p.epilogue, stages + Layout::kStaging + slot * Epilogue::kStagingBytes, stages + Layout::kNotes + slot * Epilogue::kNoteBytes);
-    Schedule::template consume<Epilogue, Loader::kProxyFence, Weights::kPanels>(ring, epilogue, !ended(first, tiles), w, warp, p.k_blocks);
+    Schedule::template consume<Epilogue, Loader::kProxyFence, Weights::kPanels>(ring, epilogue, !first.ended(p.step, tiles), w, warp, p.k_blocks);
     epilogue.finish();
   }
   cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
+
+constexpr int kFewRows = 768;  // of an expert on average: up to three pairs of row tiles
 
 // columns: column tiles. The persistent grid has at most one cluster per pair of row tiles and column tile of the largest routing.
 template <class Schedule, class Loader, class Epilogue, class Weights>
@@ -79,7 +82,8 @@ void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const 
   const WorkList work = work_list(r.tiles, s.R_cap, s.E);
   const int64_t pairs = (work_capacity(s.R_cap, s.E, kTileRows) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
-  p.step = WalkStep::make(&work.header->tiles, work.tiles, columns, clusters);
+  const int group = s.R_cap / s.E < kFewRows ? Loader::kGroupPairs : 1;
+  p.step = WalkStep::make(&work.header->tiles, work.tiles, group, columns, clusters);
   launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 

@@ -38,7 +38,7 @@ struct WeightPanels {
     const CUtensorMap* map = &plane[second];
     const int column = t.column * R::kColumns, row = (k - (second ? blocks : 0)) * kBlockK;
     if (shared) {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kHalf; i++) {
         const int j = rank * kHalf + i;
         tma_load_3d_mc(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.work.x, 3);
@@ -57,6 +57,10 @@ struct Walker {
   int tiles, rank;
 
   DEV ClusterTile tile() const { return {at, step, tiles, rank}; }
+  DEV void advance() {
+    at.advance(step);
+    at.settle(step, tiles);
+  }
 };
 
 // Rows gathered by token, by cp.async of all 128 producer threads: 16-byte chunk tid % 8 of the rows tid / 8 + 16 i.
@@ -67,6 +71,7 @@ struct GatherRows {
     int chunks;
   };
   static constexpr int kArrivals = 129;      // 128 threads and the expected bytes
+  static constexpr int kGroupPairs = 1;      // of small experts; gathered rows come from memory: all columns of a pair at once
   static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
   template <class R, class Weights>
@@ -84,14 +89,14 @@ struct GatherRows {
     Slot<R> slot;
     ClusterTile next = walk.tile();  // tiles are read two ahead and their rows one ahead, so that nothing here waits for a load
     find(next);
-    walk.at.advance(walk.step);
+    walk.advance();
     ClusterTile after = walk.tile();
     while (next.valid()) {
       const ClusterTile t = next;
       const uint32_t chunk0 = source * p.chunks;
       next = after;
       find(next);
-      walk.at.advance(walk.step);
+      walk.advance();
       after = walk.tile();
       const bool low = t.rows() > 0, high = t.rows() > 64;
 #pragma unroll 1
@@ -123,6 +128,7 @@ struct TmaRows {
     int blocks;       // of a plane: the reduction runs through one plane, then the next
   };
   static constexpr int kArrivals = 1;
+  static constexpr int kGroupPairs = 8;  // of small experts
   static constexpr bool kProxyFence = false;
 
   template <class R, class Weights>
@@ -132,7 +138,7 @@ struct TmaRows {
     ClusterTile next = walk.tile();
     while (next.valid()) {
       const ClusterTile t = next;
-      walk.at.advance(walk.step);
+      walk.advance();
       next = walk.tile();
       const bool any = t.rows() > 0;
 #pragma unroll 1
