@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p,
   const int blocks = static_cast<int>(gridDim.x) - kWorkBlocks, block = static_cast<int>(blockIdx.x) - kWorkBlocks, count = p.chunks.count;
   if (block < 0) {
     ExpertScan scan(shared_memory, p.E);
-    sum_histograms(p, 0, scan.pairs, scan.tiles);  // both are written later
+    sum_histograms(p, 0, scan.rows, scan.tiles);  // both are written later
     scan.run(p.E, p.slots, [&](int e) { return scan.tiles[e]; });
     write_work(scan, p.E, blockIdx.x, kWorkBlocks, p.out.counts, p.out.offsets, p.work);
     return;
@@ -458,7 +458,7 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   check_experts(s);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order};
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles), a.order};
   dispatch_ids(a.ids_dtype, [&](auto id) {
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       const TopkSource<decltype(weight)> source{static_cast<const decltype(weight)*>(a.weights), static_cast<unsigned>(s.K)};
@@ -478,7 +478,7 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const ListsParams lists{s.R_cap, static_cast<int>(s.E), token_groups(s, a.out, b), a.token_ids, a.expert_ids, b.slot_expert, b.slot_position};
-  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.R_cap, s.E), a.order};
+  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles), a.order};
   if (!a.scores) sort.out.score = nullptr;  // left alone, also past R
   dispatch_ids(a.ids_dtype, [&](auto id) {
     using Id = decltype(id);
@@ -491,7 +491,7 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
 void index_rows(const IndexRowsArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
-  const WorkList work = work_list(a.out.tiles, s.R_cap, s.E);
+  const WorkList work = work_list(a.out.tiles);
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (s.kind == RoutingKind::Lists) {
     Workspace ws(a.scratch);
@@ -499,7 +499,7 @@ void index_rows(const IndexRowsArgs& a, Stream stream) {
                        static_cast<int>(s.E), s.R_cap);
     return;
   }
-  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E, kTileRows) / kIndexThreads, 1, 32));
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E) / kIndexThreads, 1, 32));
   allow_smem(rows_kernel, smem);
   rows_kernel<<<blocks, kIndexThreads, smem, stream_of(stream)>>>(a.out, work, static_cast<int>(s.E), s.R_cap);
   MACHMOE_CUDA_CALL(cudaGetLastError());

@@ -42,12 +42,11 @@ __device__ inline int block_sum(int value) {
 struct ExpertScan {
   int* rows;   // [E + 1] offsets
   int* tiles;  // [E + 1] 128-row tiles before the expert
-  int* pairs;  // [E + 1] 256-row pairs before it
 
-  static constexpr int64_t ints(int64_t E) { return 3 * (E + 1); }
-  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)), pairs(memory + 2 * (E + 1)) {}
+  static constexpr int64_t ints(int64_t E) { return 2 * (E + 1); }
+  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)) {}
 
-  // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles and pairs.
+  // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles.
   template <class Count>
   __device__ void run(int E, int64_t R_cap, Count count) {
     const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
@@ -67,7 +66,6 @@ struct ExpertScan {
     };
     sums(rows, [](int n) { return n; });
     sums(tiles, [](int n) { return (n + kTileRows - 1) / kTileRows; });
-    sums(pairs, [](int n) { return (n + kPairRows - 1) / kPairRows; });
     __syncthreads();
   }
 };
@@ -90,15 +88,11 @@ __device__ inline void write_work(const ExpertScan& scan, int E, int block, int 
     offsets[e] = scan.rows[e];
     if (counts && e < E) counts[e] = scan.rows[e + 1] - scan.rows[e];
   }
-  auto write = [&](WorkTile* out, const int* before, int rows) {
-    for (int i = first; i < before[E]; i += step) {
-      const int e = expert_of(before, E, i), index = i - before[e];
-      out[i] = {e, scan.rows[e] + index * rows, scan.rows[e + 1], index};
-    }
-  };
-  write(work.tiles, scan.tiles, kTileRows);
-  write(work.pairs, scan.pairs, kPairRows);
-  if (first == 0) *work.header = {scan.pairs[E], scan.tiles[E], scan.rows[E], 0};
+  for (int i = first; i < scan.tiles[E]; i += step) {
+    const int e = expert_of(scan.tiles, E, i), index = i - scan.tiles[e];
+    work.tiles[i] = {e, scan.rows[e] + index * kTileRows, scan.rows[e + 1], index};
+  }
+  if (first == 0) *work.header = {scan.tiles[E], scan.rows[E]};
 }
 
 // What stands in the rows past R.

@@ -522,7 +522,7 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  a.seed,
                  a.scores,
                  a.out,
-                 work_list(a.out.tiles, s.R_cap, s.E),
+                 work_list(a.out.tiles),
                  b.keys,
                  b.topk_count,
                  b.threshold,

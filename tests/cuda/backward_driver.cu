@@ -151,14 +151,11 @@ struct Problem {
     d_expert = Buffer<int>(R);
     d_expert.upload(expert);
     std::vector<int> words(cuda::work_bytes(s.R_cap, c.E) / 4, -1);
-    const cuda::WorkList list = cuda::work_list(words.data(), s.R_cap, c.E);
-    *list.header = {0, 0, static_cast<int>(R), 0};
-    for (int e = 0; e < c.E; e++) {
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows)
-        list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
+    const cuda::WorkList list = cuda::work_list(words.data());
+    *list.header = {0, static_cast<int>(R)};
+    for (int e = 0; e < c.E; e++)
       for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
         list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
-    }
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);
     r.token = rows ? nullptr : d_token.data;

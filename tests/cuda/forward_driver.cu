@@ -114,14 +114,11 @@ struct Problem {
       if (!rows) std::sort(token.begin() + offsets[e], token.begin() + offsets[e + 1]);
     }
     words.assign(cuda::work_bytes(s.R_cap, E) / 4, -1);
-    const cuda::WorkList list = cuda::work_list(words.data(), s.R_cap, E);
-    *list.header = {0, 0, static_cast<int>(R), 0};
-    for (int e = 0; e < E; e++) {
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kPairRows)
-        list.pairs[list.header->pairs++] = {e, row, offsets[e + 1], i};
+    const cuda::WorkList list = cuda::work_list(words.data());
+    *list.header = {0, static_cast<int>(R)};
+    for (int e = 0; e < E; e++)
       for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
         list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
-    }
     return true;
   }
   bool routed = route();  // before the memory, whose sizes come from it

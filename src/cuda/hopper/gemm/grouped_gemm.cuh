@@ -79,8 +79,8 @@ constexpr int kFewRows = 768;  // of an expert on average: up to three pairs of 
 // columns: column tiles. The persistent grid has at most one cluster per pair of row tiles and column tile of the largest routing.
 template <class Schedule, class Loader, class Epilogue, class Weights>
 void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, Stream stream) {
-  const WorkList work = work_list(r.tiles, s.R_cap, s.E);
-  const int64_t pairs = (work_capacity(s.R_cap, s.E, kTileRows) + 1) / 2;
+  const WorkList work = work_list(r.tiles);
+  const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
   const int group = s.R_cap / s.E < kFewRows ? Loader::kGroupPairs : 1;
   p.step = WalkStep::make(&work.header->tiles, work.tiles, group, columns, clusters);
