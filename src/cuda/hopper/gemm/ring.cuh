@@ -1,7 +1,7 @@
 // The ring of operand stages between the producer and the consumer warpgroups of a CTA, in shared memory:
-//   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle; A K-major, B as its kind of weights lays it
+//   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle, K-major or as MN-major panels
 //   full[s]   the producers of the stage -> its consumers;  empty[s]  every consumer warp of both CTAs -> the producers (weights are multicast)
-//   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released
+//   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released (by the products over rows alone)
 #pragma once
 #include "cuda/hopper/gemm/cta_tile.cuh"
 #include "cuda/hopper/ptx/ptx.cuh"

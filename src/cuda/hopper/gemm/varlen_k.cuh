@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "cuda/hopper/gemm/launch.cuh"
-#include "cuda/hopper/ptx/ptx.cuh"
+#include "cuda/hopper/gemm/ring.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 #include "cuda/hopper/tile/tensor_map.h"
 #include "cuda/launch.h"
@@ -39,10 +39,9 @@ struct GradStore {
         const uint32_t r0 = f[2 * j], r1 = f[2 * j + 1], r2 = f[2 * j + 2], r3 = f[2 * j + 3];
         if constexpr (kTransposed) {  // matrices: (rows low, block j), (high, j), (low, j + 1), (high, j + 1)
           const int row = (j + (lane >> 4)) * 8 + (lane & 7), chunk = warp * 2 + ((lane >> 3) & 1);
-          stmatrix_x4_trans(buf + row * 128 + ((chunk ^ (row & 7)) << 4), r0, r1, r2, r3);
+          stmatrix_x4_trans(buf + swizzled(row, chunk), r0, r1, r2, r3);
         } else {
-          const int row = lane & 15, chunk = j + (lane >> 4);
-          stmatrix_x4(buf + row * 128 + ((chunk ^ (row & 7)) << 4), r0, r1, r2, r3);
+          stmatrix_x4(buf + matrix_offset(lane, j), r0, r1, r2, r3);
         }
       }
     } else {
@@ -56,7 +55,7 @@ struct GradStore {
             for (int e = 0; e < 2; e++)
               *reinterpret_cast<float*>(p + (col + e) * 64 + ((row >> 2) ^ (((col + e) >> 1) & 3)) * 16 + (row & 3) * 4) = f[4 * j + 2 * h + e];
           } else {
-            *reinterpret_cast<float2*>(p + row * 128 + ((col >> 2) ^ (row & 7)) * 16 + (col & 3) * 4) = {f[4 * j + 2 * h], f[4 * j + 2 * h + 1]};
+            *reinterpret_cast<float2*>(p + swizzled(row, col >> 2) + (col & 3) * 4) = {f[4 * j + 2 * h], f[4 * j + 2 * h + 1]};
           }
         }
     }
@@ -122,48 +121,39 @@ struct RowRange {
   DEV int blocks() const { return (end - begin + 63) >> 6; }
 };
 
-template <class Out, bool kTransposed>
-struct VarlenK {
-  using Store = GradStore<Out, kTransposed>;
-  static constexpr int kStages = 4, kBuffers = 2;
-  static constexpr int kGatheredBytes = 128 * 128, kPanelBytes = 64 * 128, kContiguousBytes = 4 * kPanelBytes;
-  static constexpr int kStaging = 8 * 2048 * kBuffers;
-  static constexpr int kSmem = kStages * (kGatheredBytes + kContiguousBytes) + kStaging + 2 * kStages * 8;
-  static_assert(kSmem <= 232448);
+// Shared memory: the ring's stages, with G as two panels and C as four; what the consumers stage for the copy engine; the ring's control.
+struct VarlenKLayout {
+  using R = Ring<256, 4>;
+  static constexpr int kBuffers = 2;  // boxes a storer stages at a time
+  static constexpr int kStaging = R::kBytes, kControl = kStaging + 8 * 2048 * kBuffers, kBytes = kControl + R::kControlBytes;
+  static_assert(kBytes <= kMaxSharedBytes);
 };
 
 template <class Out, bool kTransposed>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_kernel(const __grid_constant__ VarlenKParams p) {
-  using C = VarlenK<Out, kTransposed>;
-  using Store = typename C::Store;
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) varlen_k_kernel(const __grid_constant__ VarlenKParams p) {
+  using Layout = VarlenKLayout;
+  using R = Layout::R;
+  using Store = GradStore<Out, kTransposed>;
+  constexpr int kBuffers = Layout::kBuffers;
   extern __shared__ __align__(1024) uint8_t raw[];
-  const uint32_t smem = smem_u32(raw), s_gathered = smem, s_contiguous = s_gathered + C::kStages * C::kGatheredBytes;
-  const uint32_t s_staging = s_contiguous + C::kStages * C::kContiguousBytes, bars = s_staging + C::kStaging;
-  auto full = [&](int s) { return bars + 8 * s; };
-  auto empty = [&](int s) { return bars + 8 * (C::kStages + s); };
-  // The warpgroup by a shuffle: uniform to the compiler, so that what hangs on it lives in uniform registers; it does not fit beside the tiles else.
-  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
+  const uint32_t smem = smem_u32(raw);
+  const R ring{smem, smem + Layout::kControl};
+  // The warpgroup is uniform, so that what hangs on it lives in uniform registers: it does not fit beside the tiles else.
+  const int wg = uniform(static_cast<int>(threadIdx.x) / 128), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
   auto rows_of = [&](int expert) {
     const int e = min(expert, p.experts - 1);
     return RowRange{__ldg(p.offsets + e), __ldg(p.offsets + e + 1)};
   };
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < C::kStages; s++) {
-      mbar_init(full(s), 129);
-      mbar_init(empty(s), 8 * 2);
-    }
-    mbar_init_fence();
-  }
+  if (threadIdx.x == 0) ring.init(129);  // 128 gathering threads and the expected bytes
   cluster_sync();
   VarlenKWalk at(p, blockIdx.x / 2);
 
   if (wg == 0) {
     reg_dec<56>();
-    int s = 0;
-    uint32_t phase = 0;
+    Slot<R> slot;
     // This thread copies 16-byte chunk tid % 8 of the rows tid / 8 + 16 i of a block.
-    const uint32_t dst0 = s_gathered + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
+    const uint32_t dst0 = ring.a(0) + swizzled(tid / 8, tid % 8);
     // Token indices come in windows of 4 blocks: lane l holds blocks l / 16 and 2 + l / 16, rows 4 warp + l % 4 + 16 ((l / 4) % 4). The next window
     // is loaded while this one is used; one block ahead would be too late.
     int window[2], next_window[2];
@@ -203,23 +193,20 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
           src[i] = reinterpret_cast<const uint8_t*>(p.gathered + col0) +
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
         const int row = rows.begin + k * 64, v = min(64, rows.end - row);
-        mbar_wait(empty(s), phase ^ 1);
+        mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (16 * i < min(v, inside[j])) cp_async16(dst0 + s * C::kGatheredBytes + j * C::kPanelBytes + i * 2048, src[i] + j * 128);
-        cp_async_mbar_arrive_noinc(full(s));
+            if (16 * i < min(v, inside[j])) cp_async16(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128);
+        cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
-        if (tid == 0) mbar_arrive_expect_tx(full(s), panels.count * C::kPanelBytes);
+        if (tid == 0) mbar_arrive_expect_tx(ring.full(slot.stage), panels.count * kPanelBytes);
         const int j = 2 * rank + warp, panel = panels.first + j, plane = panel >= p.panels_per_plane;
         if (lane == 0 && warp < 2 && j < panels.count)
-          tma_load_4d_mc(s_contiguous + s * C::kContiguousBytes + j * C::kPanelBytes, &p.contiguous, full(s),
-                         (panel - plane * p.panels_per_plane) * 64, 64 - v, row + v, plane, 3);
-        if (++s == C::kStages) {
-          s = 0;
-          phase ^= 1;
-        }
+          tma_load_4d_mc(ring.b(slot.stage) + j * kPanelBytes, &p.contiguous, ring.full(slot.stage), (panel - plane * p.panels_per_plane) * 64,
+                         64 - v, row + v, plane, 3);
+        slot.advance();
       }
       at = next;
       rows = next_rows;
@@ -227,10 +214,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
   } else {
     reg_inc<224>();
     const int w = wg - 1;
-    auto release = [&](int s) {
-      if (lane < 2) mbar_arrive_remote(empty(s), lane);
-    };
-    const uint32_t staging = s_staging + (Store::kByWarpgroup ? w : w * 4 + warp) * C::kBuffers * Store::kBytes;
+    const uint32_t staging = smem + Layout::kStaging + (Store::kByWarpgroup ? w : w * 4 + warp) * kBuffers * Store::kBytes;
     const bool storer = Store::kByWarpgroup ? tid == 0 : lane == 0;
     auto sync_storers = [&] {
       if constexpr (Store::kByWarpgroup) bar_sync(1 + w, 128);
@@ -242,13 +226,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       if (storer) bulk_wait_read<0>();
       sync_storers();
 #pragma unroll
-      for (int b = 0; b < C::kBuffers; b++)
+      for (int b = 0; b < kBuffers; b++)
         Store::stage(staging + b * Store::kBytes, raw + (staging - smem) + b * Store::kBytes, f + b * Store::kFragment, warp, lane);
       fence_proxy_async();
       sync_storers();
       if (!storer) return;
 #pragma unroll
-      for (int b = 0; b < C::kBuffers; b++) {
+      for (int b = 0; b < kBuffers; b++) {
         const int col = (first + b) * Store::kColumns;
         if (col >= o.columns) break;
         const int panel = o.panel + col / 64, plane = panel >= p.panels_per_plane;
@@ -261,11 +245,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
     };
     // A bf16 tile waits as 64 packed registers and leaves while the tensor cores work on the first blocks of the next one.
     constexpr bool kHeld = Store::kBf16;
-    constexpr int kHalf = C::kBuffers * Store::kFragment;
+    constexpr int kHalf = kBuffers * Store::kFragment;
     [[maybe_unused]] uint32_t packed[kHeld ? 64 : 1];
     OutputBlock held{};
-    int s = 0;
-    uint32_t phase = 0;
+    Slot<R> slot;
     float acc[128];
     RowRange rows = rows_of(at.expert);
     while (at.expert < p.experts) {
@@ -276,13 +259,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
       const PanelRange panels(p, at.column);
       const bool wide = panels.count > 3;
       const bool any = (at.group * 2 + rank) * 128 + w * 64 < p.d;  // else this warpgroup only releases the stages
-      int previous = -1;
       for (int k = 0; k < blocks; k++) {
         const int left = rows.end - rows.begin - k * 64;  // rows
-        mbar_wait(full(s), phase);
+        mbar_wait(ring.full(slot.stage), slot.phase);
         fence_proxy_async();
-        const uint64_t a = desc_sw128(s_gathered + s * C::kGatheredBytes + w * C::kPanelBytes, C::kPanelBytes, 1024);
-        const uint64_t b = desc_sw128(s_contiguous + s * C::kContiguousBytes, C::kPanelBytes, 1024);
+        const uint64_t a = desc_sw128(ring.a(slot.stage) + w * kPanelBytes, kPanelBytes, 1024);
+        const uint64_t b = desc_sw128(ring.b(slot.stage), kPanelBytes, 1024);
         // One straight line a group: a branch between two wgmma of a group would fence each of them.
         auto multiply = [&](auto width, auto steps) {
           wgmma_fence();
@@ -304,15 +286,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
           if (k == 1) store(held, 2, packed + kHalf);
         }
         wgmma_wait<1>();
-        if (previous >= 0) release(previous);
-        previous = s;
-        if (++s == C::kStages) {
-          s = 0;
-          phase ^= 1;
-        }
+        if (k > 0) ring.release(slot.previous());
+        slot.advance();
       }
       wgmma_wait<0>();
-      if (previous >= 0) release(previous);
+      if (blocks > 0) ring.release(slot.previous());
       const bool written = any && (blocks > 0 || !p.accumulate);
       const OutputBlock block{at.expert, at.group, panels.first, written ? panels.count * 64 : 0};
       if constexpr (kHeld) {
@@ -327,7 +305,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) varlen_k_ker
           for (int i = 0; i < 128; i++) acc[i] = 0.f;
         }
 #pragma unroll
-        for (int c = 0; c < 256 / Store::kColumns; c += C::kBuffers) store(block, c, acc + c * Store::kFragment);
+        for (int c = 0; c < 256 / Store::kColumns; c += kBuffers) store(block, c, acc + c * Store::kFragment);
       }
       at = next;
       rows = next_rows;
@@ -353,8 +331,7 @@ struct VarlenKProblem {
 
 template <class Out, bool kTransposed>
 void varlen_k(const VarlenKProblem& q, Stream stream) {
-  using C = VarlenK<Out, kTransposed>;
-  using Store = typename C::Store;
+  using Store = GradStore<Out, kTransposed>;
   const Shape& s = q.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
   VarlenKParams p{};
@@ -381,7 +358,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.step_column = (p.clusters + 1) % p.columns;
   p.step_group = (p.clusters + 1) / p.columns % p.groups;
   p.step_expert = (p.clusters + 1) / (p.columns * p.groups);
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * p.clusters, C::kSmem, stream, p);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * p.clusters, VarlenKLayout::kBytes, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper
