@@ -3,21 +3,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda/hopper/gemm/ring.cuh"
+#include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 
 namespace machmoe::cuda::hopper {
-
-// 64 rows x N columns over one stage. a, b: shared-memory addresses. kPanels: B lies in MN-major panels instead of K-major rows.
-template <int N, bool kPanels, int kAccumulators>
-DEV void multiply(float (&acc)[kAccumulators], uint32_t a, uint32_t b, bool accumulate) {
-  const uint64_t da = desc_sw128(a, 16, 1024), db = desc_sw128(b, kPanels ? kPanelBytes : 16, 1024);
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kBlockK / 16; k++)
-    Wgmma<N, 0, kPanels>::mma(*reinterpret_cast<float(*)[N / 2]>(&acc[0]), da + 2 * k, db + (kPanels ? 128 : 2) * k, accumulate || k > 0);
-  wgmma_commit();
-}
 
 // Calls f with the width to multiply by: that of the tile, or the narrowest of 64, 128, 192 and kColumns that covers its last columns.
 template <int kColumns, bool kNarrow, class F>
@@ -67,7 +56,7 @@ struct Held {
           mbar_wait(ring.full(slot.stage), slot.phase);
           if constexpr (kProxyFence) fence_proxy_async();
           with_width<kColumns, Epilogue::kNarrow>(columns, [&](auto width) {
-            if (any) multiply<width, kPanels>(acc, ring.a(slot.stage) + w * 8192, ring.b(slot.stage), k > 0);
+            if (any) multiply<width, false, kPanels>(acc, ring.a(slot.stage) + w * 8192, ring.b(slot.stage), k > 0);
           });
           wgmma_wait<1>();
           if (k > 0) ring.release(slot.previous());

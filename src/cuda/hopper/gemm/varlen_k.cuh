@@ -3,13 +3,13 @@
 // A tile is 128 gathered columns (the M side of wgmma) x 4 or 3 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
 // Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
 //   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
-//   warpgroups 1, 2  64 x 256 accumulators each, 16 rows a step up to the expert's last row, then a plain (dW2) or a transposed (dW1) store, beside
-//                    the next tile's first blocks
+//   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store, beside the next tile's first blocks
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/hopper/gemm/launch.cuh"
+#include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/gemm/ring.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 #include "cuda/hopper/tile/tensor_map.h"
@@ -174,8 +174,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
       next.advance(p);
       const RowRange next_rows = rows_of(next.expert);
       const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
-      // Rows to copy of a block at most: rows of steps that are not multiplied stay as they are, and so do columns past the matrix, which are not stored.
-      const int inside[2] = {col0 < p.d ? 64 : 0, col0 + 64 < p.d ? 64 : 0};
+      const bool inside[2] = {col0 < p.d, col0 + 64 < p.d};  // columns past the matrix stay as they are and are not stored
       const PanelRange panels(p, at.column);
       if (blocks == 0) fetch(next_rows, 0);
       for (int k = 0; k < blocks; k++) {
@@ -198,7 +197,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         for (int i = 0; i < 4; i++)
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (16 * i < min(v, inside[j])) cp_async16(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128);
+            if (inside[j]) cp_async16(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128);
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
         if (tid == 0) mbar_arrive_expect_tx(ring.full(slot.stage), panels.count * kPanelBytes);
@@ -260,27 +259,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
       const bool wide = panels.count > 3;
       const bool any = (at.group * 2 + rank) * 128 + w * 64 < p.d;  // else this warpgroup only releases the stages
       for (int k = 0; k < blocks; k++) {
-        const int left = rows.end - rows.begin - k * 64;  // rows
         mbar_wait(ring.full(slot.stage), slot.phase);
         fence_proxy_async();
-        const uint64_t a = desc_sw128(ring.a(slot.stage) + w * kPanelBytes, kPanelBytes, 1024);
-        const uint64_t b = desc_sw128(ring.b(slot.stage), kPanelBytes, 1024);
-        // One straight line a group: a branch between two wgmma of a group would fence each of them.
-        auto multiply = [&](auto width, auto steps) {
-          wgmma_fence();
-#pragma unroll
-          for (int kk = 0; kk < steps; kk++)
-            Wgmma<width, 1, 1>::mma(*reinterpret_cast<float(*)[width / 2]>(&acc[0]), a + 128 * kk, b + 128 * kk, (k | kk) != 0);
-          wgmma_commit();
-        };
-        auto multiply_rows = [&](auto width) {
-          if (left > 48) multiply(width, std::integral_constant<int, 4>());
-          else if (left > 32) multiply(width, std::integral_constant<int, 3>());
-          else if (left > 16) multiply(width, std::integral_constant<int, 2>());
-          else multiply(width, std::integral_constant<int, 1>());
-        };
-        if (any && wide) multiply_rows(std::integral_constant<int, 256>());
-        else if (any) multiply_rows(std::integral_constant<int, 192>());
+        const uint32_t a = ring.a(slot.stage) + w * kPanelBytes, b = ring.b(slot.stage);
+        if (any && wide) multiply<256, true, true>(acc, a, b, k > 0);
+        else if (any) multiply<192, true, true>(acc, a, b, k > 0);
         if constexpr (kHeld) {
           if (k == 0) store(held, 0, packed);
           if (k == 1) store(held, 2, packed + kHalf);
