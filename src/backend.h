@@ -32,6 +32,7 @@ struct Backend {
 
   size_t (*token_round_scratch)(const Shape&);  // bytes for token_round
   void (*token_round)(const TokenRoundArgs&, Stream);
+  void (*token_round_backward)(const TokenRoundBackwardArgs&, Stream);
 };
 
 // An op of a table: arguments are checked on the way into the backend.

@@ -314,6 +314,14 @@ machmoe_status machmoe_token_round(const machmoe_layer* layer, const machmoe_tok
   });
 }
 
+machmoe_status machmoe_token_round_backward(const machmoe_layer* layer, int renormalize, const float* scores, const machmoe_routing* routing,
+                                            const float* dscore, float* dscores, void* stream) {
+  return guarded([&] {
+    const Layer l = routing_layer(layer);
+    l.backend.token_round_backward({l.shape, renormalize != 0, scores, routing_of(routing), dscore, dscores}, {stream});
+  });
+}
+
 // ---- experts -------------------------------------------------------------------------------------------------------------------
 machmoe_status machmoe_forward_workspace_bytes(const machmoe_layer* layer, size_t* bytes) {
   return guarded([&] {

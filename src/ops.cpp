@@ -155,6 +155,18 @@ void validate(const TokenRoundArgs& p) {
   require_rows(p.out.expert, p.shape.R_cap, "routing.expert");
 }
 
+void validate(const TokenRoundBackwardArgs& p) {
+  validate_routing(p.shape);
+  MACHMOE_CHECK(p.shape.dtype != DType::F64, "dtype is F64, expected F32 or BF16: token rounding works on fp32 scores");
+  MACHMOE_CHECK(p.shape.kind == RoutingKind::Lists, "routing_kind is {}, expected LISTS (1): the layer of machmoe_token_round",
+                static_cast<int>(p.shape.kind));
+  check_routing(p.shape, p.routing);
+  require_rows(p.routing.expert, p.shape.R_cap, "routing.expert");
+  if (p.renormalize) require_rows(p.scores, p.shape.T, "scores");
+  require_rows(p.dscore, p.shape.R_cap, "dscore");
+  require_rows(p.dscores, p.shape.T, "dscores");
+}
+
 void validate(const TopkArgs& p) {
   check_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
   require_rows(p.logits, p.T, "logits");

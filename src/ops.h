@@ -102,6 +102,16 @@ struct TokenRoundArgs {
   Routing out;          // every member, expert included
   void* scratch;        // Backend::token_round_scratch(shape)
 };
+// dp of the scores from ds of the rows: 0 where a pair is not kept, else ds; renormalised, with s = p / sum p over the kept pairs of the token,
+// dp = (ds - <ds, s>) / sum p. A token whose kept scores sum to 0 was not renormalised.
+struct TokenRoundBackwardArgs {
+  Shape shape;  // kind Lists
+  bool renormalize;
+  const float* scores;  // [T, E] of the forward; read with renormalize alone
+  Routing routing;      // from the forward, expert included
+  const float* dscore;  // [R_cap], not read past R
+  float* dscores;       // [T, E]
+};
 
 // ---- experts ------------------------------------------------------------------------------------------------------------------
 // A kernel: H = gather(X) W1^T + b1, A = act(H).
@@ -199,6 +209,7 @@ void validate(const IndexTopkArgs&);
 void validate(const IndexListsArgs&);
 void validate(const IndexRowsArgs&);
 void validate(const TokenRoundArgs&);
+void validate(const TokenRoundBackwardArgs&);
 void validate(const TopkArgs&);
 void validate(const TopkBackwardArgs&);
 void validate(const UpProjArgs&);

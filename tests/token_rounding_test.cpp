@@ -40,6 +40,9 @@ std::vector<float> make_scores(const Setting& c, Scores kind, uint64_t seed = 1)
 }
 
 struct Rounded {
+  machmoe_layer layer{};
+  Buffer metadata{0};
+  machmoe_routing routing{};
   std::vector<int32_t> token, expert, counts, token_offsets, inverse;
   std::vector<float> score;
   int64_t R = 0;
@@ -47,15 +50,16 @@ struct Rounded {
 void round(const Setting& c, const std::vector<float>& scores, RoundingRule rule, uint64_t seed, Rounded& out) {
   int64_t capacity = 0;
   MACHMOE_OK_OR_FAIL(machmoe_rounded_capacity(c.T, c.E, c.K, c.tile, static_cast<int32_t>(rule), &capacity));
-  const machmoe_layer layer = layer_of({.T = c.T, .E = c.E, .R_cap = capacity, .kind = RoutingKind::Lists, .dtype = DType::F32});
+  out.layer = layer_of({.T = c.T, .E = c.E, .R_cap = capacity, .kind = RoutingKind::Lists, .dtype = DType::F32});
   size_t bytes = 0, scratch_bytes = 0;
-  MACHMOE_OK_OR_FAIL(machmoe_routing_bytes(&layer, 1, &bytes, &scratch_bytes));
-  MACHMOE_OK_OR_FAIL(machmoe_token_round_workspace_bytes(&layer, &scratch_bytes));
-  Buffer metadata(bytes), scratch(scratch_bytes);
-  machmoe_routing r{};
-  MACHMOE_OK_OR_FAIL(machmoe_routing_carve(&layer, 1, metadata.data(), &r));
+  MACHMOE_OK_OR_FAIL(machmoe_routing_bytes(&out.layer, 1, &bytes, &scratch_bytes));
+  MACHMOE_OK_OR_FAIL(machmoe_token_round_workspace_bytes(&out.layer, &scratch_bytes));
+  out.metadata = Buffer(bytes);
+  Buffer scratch(scratch_bytes);
+  machmoe_routing& r = out.routing;
+  MACHMOE_OK_OR_FAIL(machmoe_routing_carve(&out.layer, 1, out.metadata.data(), &r));
   const machmoe_token_round_options options{sizeof options, c.K, c.tile, static_cast<int32_t>(rule), c.renormalize, seed};
-  MACHMOE_OK_OR_FAIL(machmoe_token_round(&layer, &options, scores.data(), &r, scratch.data(), scratch.size(), nullptr));
+  MACHMOE_OK_OR_FAIL(machmoe_token_round(&out.layer, &options, scores.data(), &r, scratch.data(), scratch.size(), nullptr));
   out.R = r.offsets[c.E];
   const auto copy = [](const auto* from, int64_t count) { return std::vector(from, from + count); };
   out.token = copy(r.token, out.R);
@@ -169,6 +173,36 @@ TEST_P(TokenRoundingTest, IsItsDefinition) {
   }
 }
 
+// ds/dp of the kept pairs of a token is the identity; renormalised, with s_i = p_i / sum p, it is (i == j) / sum p - p_i / (sum p)^2.
+TEST_P(TokenRoundingTest, ItsGradientIsTheTransposedJacobian) {
+  const auto& [c, rule, kind] = GetParam();
+  const auto scores = make_scores(c, kind.second);
+  Rounded r;
+  ASSERT_NO_FATAL_FAILURE(round(c, scores, rule.second, 11, r));
+  Random random(2);
+  std::vector<float> ds(static_cast<size_t>(r.layer.row_capacity), NAN), dp(scores.size(), NAN);
+  for (int64_t row = 0; row < r.R; row++) ds[static_cast<size_t>(row)] = static_cast<float>(random.normal());
+  MACHMOE_OK_OR_FAIL(machmoe_token_round_backward(&r.layer, c.renormalize, scores.data(), &r.routing, ds.data(), dp.data(), nullptr));
+
+  std::vector<std::vector<size_t>> rows(static_cast<size_t>(c.T));  // of each token
+  for (int64_t row = 0; row < r.R; row++) rows[static_cast<size_t>(r.token[static_cast<size_t>(row)])].push_back(static_cast<size_t>(row));
+  std::vector<double> expected(dp.size(), 0), tolerance(dp.size(), 0);
+  for (size_t t = 0; t < rows.size(); t++) {
+    const auto pair = [&](size_t row) { return t * static_cast<size_t>(c.E) + static_cast<size_t>(r.expert[row]); };
+    double sum = 0, size = 0;
+    for (size_t row : rows[t]) {
+      sum += scores[pair(row)];
+      size += std::abs(ds[row]);
+    }
+    const bool scaled = c.renormalize && sum > 0;
+    for (size_t j : rows[t]) {
+      for (size_t i : rows[t]) expected[pair(j)] += ds[i] * (scaled ? (i == j) / sum - scores[pair(i)] / (sum * sum) : i == j);
+      if (scaled) tolerance[pair(j)] = 1e-6 * size / sum;
+    }
+  }
+  for (size_t i = 0; i < dp.size(); i++) ASSERT_LE(std::abs(dp[i] - expected[i]), tolerance[i]) << "token, expert " << i / c.E << ", " << i % c.E;
+}
+
 std::string setting_name(const testing::TestParamInfo<TokenRoundingTest::ParamType>& test) {
   return std::get<0>(test.param).name + "_" + std::get<1>(test.param).first + "_" + std::get<2>(test.param).first;
 }
@@ -199,6 +233,25 @@ TEST(TokenRounding, StochasticRoundingKeepsTheExpectedCount) {
     rows += static_cast<double>(r.R) / draws;
   }
   EXPECT_NEAR(rows, 400, 8);  // the standard error of the mean is at most 8 sqrt(16 / 200) = 2.3
+}
+
+TEST(TokenRounding, TheGradientNeedsTheRoutingAndScoresToRenormalise) {
+  const Setting c{"Arguments", 40, 4, 2, 16};
+  const auto scores = make_scores(c, Scores::Softmax);
+  Rounded r;
+  ASSERT_NO_FATAL_FAILURE(round(c, scores, RoundingRule::NrF, 1, r));
+  std::vector<float> ds(static_cast<size_t>(r.layer.row_capacity)), dp(scores.size());
+  const auto run = [&](bool renormalize, const float* dscore) {
+    return machmoe_token_round_backward(&r.layer, renormalize, nullptr, &r.routing, dscore, dp.data(), nullptr);
+  };
+  EXPECT_EQ(MACHMOE_OK, run(false, ds.data())) << machmoe_last_error();
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, run(true, ds.data()));
+  EXPECT_THAT(machmoe_last_error(), testing::HasSubstr("scores is null"));
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, run(false, nullptr));
+  EXPECT_THAT(machmoe_last_error(), testing::HasSubstr("dscore is null"));
+  r.routing.expert = nullptr;
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, run(false, ds.data()));
+  EXPECT_THAT(machmoe_last_error(), testing::HasSubstr("routing.expert is null"));
 }
 
 TEST(TokenRounding, ScoresOutsideTheUnitIntervalAreErrors) {

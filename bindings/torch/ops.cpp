@@ -270,6 +270,19 @@ std::tuple<Tensor, Tensor> token_round(const Tensor& scores, int64_t K, int64_t 
   return {m.memory, expert};
 }
 
+Tensor token_round_backward(const Tensor& d_score, const Tensor& scores, const Tensor& metadata, const Tensor& expert, bool renormalize) {
+  const Launch launch(scores);
+  const int64_t T = scores.size(0), E = scores.size(1);
+  const machmoe_layer layer = routing_layer(scores, MACHMOE_F32, MACHMOE_LISTS, T, E, 0, expert.size(0));
+  machmoe_routing routing{};
+  check(machmoe_routing_carve(&layer, 0, metadata.data_ptr(), &routing));
+  routing.expert = static_cast<int32_t*>(data(expert));
+  const Tensor d_scores = empty(scores, {T, E}, MACHMOE_F32);
+  check(machmoe_token_round_backward(&layer, renormalize, static_cast<const float*>(data(scores)), &routing, static_cast<const float*>(data(d_score)),
+                                     static_cast<float*>(data(d_scores)), launch.stream()));
+  return d_scores;
+}
+
 // ---- router --------------------------------------------------------------------------------------------------------------------
 machmoe_route route_descriptor(const Tensor& logits, int64_t router, int64_t K, const Tensor& ids, const Tensor& weights, const Tensor& counts) {
   machmoe_route r{};
@@ -475,6 +488,7 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def("routing_lists(Tensor token_ids, Tensor expert_ids, Tensor scores, SymInt num_tokens, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("routing_rows(Tensor counts, Tensor rows) -> Tensor");
   m.def("token_round(Tensor scores, int k, int tile, int rule, bool renormalize, Tensor seed) -> (Tensor, Tensor)");
+  m.def("token_round_backward(Tensor d_score, Tensor scores, Tensor metadata, Tensor expert, bool renormalize) -> Tensor");
   m.def("route_forward(Tensor logits, int k, int router) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("route_backward(Tensor dweights, Tensor? daux, Tensor logits, Tensor ids, Tensor weights, Tensor counts, int router) -> Tensor");
   m.def(
@@ -505,6 +519,7 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.impl("routing_lists", TORCH_BOX(&routing_lists));               \
   m.impl("routing_rows", TORCH_BOX(&routing_rows));                 \
   m.impl("token_round", TORCH_BOX(&token_round));                   \
+  m.impl("token_round_backward", TORCH_BOX(&token_round_backward)); \
   m.impl("route_forward", TORCH_BOX(&route_forward));               \
   m.impl("route_backward", TORCH_BOX(&route_backward));             \
   m.impl("topk_experts_forward", TORCH_BOX(&topk_experts_forward)); \

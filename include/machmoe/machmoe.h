@@ -181,6 +181,10 @@ MACHMOE_API machmoe_status machmoe_token_round_workspace_bytes(const machmoe_lay
 /* scores [T, E] F32 in [0, 1]. The layer is LISTS of machmoe_rounded_capacity(); the routing is carved with_expert and comes out complete. */
 MACHMOE_API machmoe_status machmoe_token_round(const machmoe_layer*, const machmoe_token_round_options*, const float* scores,
                                                const machmoe_routing* out, void* workspace, size_t bytes, void* stream);
+/* dscores [T, E] F32 from dscore [row_capacity] F32, the gradient of the rounded routing's score: 0 where a pair was not kept.
+ * layer, renormalize, scores, routing: those of the machmoe_token_round; scores may be null without renormalize. */
+MACHMOE_API machmoe_status machmoe_token_round_backward(const machmoe_layer*, int renormalize, const float* scores, const machmoe_routing*,
+                                                        const float* dscore, float* dscores, void* stream);
 
 /* ---- experts ------------------------------------------------------------------------------------------------------------- */
 typedef struct machmoe_forward_io {

@@ -14,8 +14,8 @@ torch.ops.load_library(str(_FILE))
 ops = torch.ops.machmoe
 
 OPERATORS = (
-    "routing_lists", "routing_rows", "token_round", "route_forward", "route_backward", "experts_forward", "topk_experts_forward",
-    "experts_backward", "layer_backward",
+    "routing_lists", "routing_rows", "token_round", "token_round_backward", "route_forward", "route_backward", "experts_forward",
+    "topk_experts_forward", "experts_backward", "layer_backward",
 )  # fmt: skip
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
@@ -77,6 +77,11 @@ def _(scores, k, tile, rule, renormalize, seed):
     capacity = rounded_capacity(tokens, experts, k, tile, rule)
     _, size = metadata_layout(LISTS, tokens, experts, capacity, cuda=scores.is_cuda)
     return scores.new_empty(size, dtype=torch.int32), scores.new_empty(capacity, dtype=torch.int32)
+
+
+@torch.library.register_fake("machmoe::token_round_backward")
+def _(d_score, scores, metadata, expert, renormalize):
+    return scores.new_empty(scores.shape)
 
 
 @torch.library.register_fake("machmoe::route_forward")

@@ -119,18 +119,8 @@ class _RoundedScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_score, _d_metadata, _d_expert):
-        scores, metadata, expert = ctx.saved_tensors
-        tokens, experts = scores.shape
-        view = _views(metadata, tokens, experts, expert.shape[0])
-        valid = torch.arange(expert.shape[0], device=expert.device) < view["offsets"][-1]
-        pair = view["token"].long() * experts + expert
-        d = _scattered(d_score, pair, valid, tokens * experts).view(tokens, experts)
-        if ctx.renormalize:  # s = p / sum(p): dp = (ds - <ds, s>) / sum(p) over the kept pairs
-            kept = _scattered(torch.ones_like(d_score), pair, valid, tokens * experts).view(tokens, experts)
-            total = (scores * kept).sum(1, keepdim=True)
-            total = torch.where(total > 0, total, 1)
-            d = kept * (d - (d * scores).sum(1, keepdim=True) / total) / total
-        return d, None, None, None, None, None
+        d_scores = ops.token_round_backward(d_score.contiguous(), *ctx.saved_tensors, ctx.renormalize)
+        return d_scores, None, None, None, None, None
 
 
 def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=None):

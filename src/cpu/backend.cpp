@@ -41,6 +41,7 @@ const Backend& cpu_backend() {
       .score_grad = checked<cpu::score_grad>,
       .token_round_scratch = [](const Shape& s) { return cpu::token_round_scratch(s); },
       .token_round = checked<cpu::token_round>,
+      .token_round_backward = checked<cpu::token_round_backward>,
   };
   return table;
 }

@@ -146,4 +146,24 @@ void token_round(const TokenRoundArgs& p, Stream) {
   }
 }
 
+void token_round_backward(const TokenRoundBackwardArgs& p, Stream) {
+  const int64_t E = p.shape.E;
+  const Routing& r = p.routing;
+  const auto* score = static_cast<const float*>(r.score);
+  parallel_for(p.shape.T, [&](int64_t t) {
+    const auto each_pair = [&](auto f) {  // f(row, place in [T, E]) in slot order
+      for (int32_t i = r.token_offsets[t]; i < r.token_offsets[t + 1]; i++) f(r.inverse[i], t * E + r.expert[r.inverse[i]]);
+    };
+    float sum = 0.f, mean = 0.f;  // of p; of ds, weighted by s
+    if (p.renormalize)
+      each_pair([&](int32_t row, int64_t pair) {
+        sum += p.scores[pair];
+        mean += score[row] * p.dscore[row];
+      });
+    if (!(sum > 0.f)) sum = 1.f;
+    std::fill(p.dscores + t * E, p.dscores + (t + 1) * E, 0.f);
+    each_pair([&](int32_t row, int64_t pair) { p.dscores[pair] = (p.dscore[row] - mean) / sum; });
+  });
+}
+
 }  // namespace machmoe::cpu

@@ -64,6 +64,7 @@ const Backend* cuda_backend() {
       .score_grad = checked<cuda::score_grad>,
       .token_round_scratch = cuda::token_round_scratch,
       .token_round = checked<cuda::token_round>,
+      .token_round_backward = checked<cuda::token_round_backward>,
   };
   return gpu_problem().empty() ? &table : nullptr;
 }

@@ -15,9 +15,10 @@ void index_rows(const IndexRowsArgs&, Stream);
 size_t topk_scratch(int64_t T, int64_t E, int64_t K);
 void topk(const TopkArgs&, Stream);
 void topk_backward(const TopkBackwardArgs&, Stream);
-// token_rounding.cu
+// token_rounding.cu, token_rounding_grad.cu
 size_t token_round_scratch(const Shape&);
 void token_round(const TokenRoundArgs&, Stream);
+void token_round_backward(const TokenRoundBackwardArgs&, Stream);
 // aggregate.cu, bias_grad.cu, score_grad.cu
 void aggregate(const AggregateArgs&, Stream);
 void bias_grad(const BiasGradArgs&, Stream);

@@ -367,6 +367,53 @@ std::vector<float> softmax_scores(int64_t T, int64_t E, Rng& rng, float deviatio
   return s;
 }
 
+// The gradient of the scores against its definition in fp64, from NaN in d_scores and in the rows past R; twice the same bits.
+void check_rounding_gradient(Verdict& verdict, const std::string& name, const Shape& s, bool renormalize, const std::vector<float>& scores,
+                             Arrays routing, Rng& rng) {
+  const auto R = static_cast<size_t>(routing.offsets[static_cast<size_t>(s.E)]);
+  std::vector<float> ds = normal(s.R_cap, rng);
+  std::fill(ds.begin() + static_cast<int64_t>(R), ds.end(), NAN);
+  std::vector<double> sum(static_cast<size_t>(s.T), 0), mean = sum, size = sum, expected(scores.size(), 0), tolerance = expected;
+  const auto each_row = [&](auto f) {  // f(row, token, pair)
+    for (size_t row = 0; row < R; row++) {
+      const auto t = static_cast<size_t>(routing.token[row]);
+      f(row, t, t * static_cast<size_t>(s.E) + static_cast<size_t>(routing.expert[row]));
+    }
+  };
+  if (renormalize) {
+    each_row([&](size_t, size_t t, size_t pair) { sum[t] += scores[pair]; });
+    each_row([&](size_t row, size_t t, size_t pair) {
+      if (sum[t] == 0) return;
+      mean[t] += scores[pair] / sum[t] * ds[row];
+      size[t] += std::abs(ds[row]);
+    });
+  }
+  each_row([&](size_t row, size_t t, size_t pair) {
+    const double scale = sum[t] > 0 ? 1 / sum[t] : 1;
+    expected[pair] = scale * (ds[row] - mean[t]);
+    tolerance[pair] = 1e-6 * scale * size[t];
+  });
+
+  DeviceRouting d_routing(s);
+  d_routing.expert.upload(routing.expert.data(), d_routing.expert.size()), d_routing.score.upload(routing.score.data(), d_routing.score.size());
+  d_routing.token_offsets.upload(routing.token_offsets.data(), d_routing.token_offsets.size());
+  d_routing.inverse.upload(routing.inverse.data(), d_routing.inverse.size());
+  const DeviceMemory d_scores = on_device(scores), d_ds = on_device(ds);
+  std::vector<float> first;
+  for (int turn = 0; turn < 2; turn++) {
+    const DeviceMemory out(sizeof(float) * scores.size());
+    cuda::token_round_backward({s, renormalize, d_scores.data<float>(), d_routing.views(), d_ds.data<float>(), out.data<float>()}, {});
+    MACHMOE_CUDA_CALL(cudaDeviceSynchronize());
+    const std::vector<float> dp = out.download<float>();
+    bool close = true;
+    for (size_t i = 0; i < dp.size(); i++) close &= std::abs(dp[i] - expected[i]) <= tolerance[i];
+    verdict(close, name + ": gradient");
+    verdict(out.guards_hold(), name + ": gradient guards");
+    verdict(turn == 0 || std::memcmp(first.data(), dp.data(), out.size()) == 0, name + ": gradient, second run");
+    first = dp;
+  }
+}
+
 bool check_token_rounding(bool small) {
   Verdict verdict;
   Rng rng(3);
@@ -401,6 +448,7 @@ bool check_token_rounding(bool small) {
           cuda::token_round({s, c.K, c.tile, r, renormalize, 11, d_scores.data<float>(), out.views(), scratch.data()}, {});
         });
         verdict(scratch.guards_hold(), name + ": scratch");
+        check_rounding_gradient(verdict, name, s, renormalize, scores, expected, rng);
       }
     }
   return verdict.summary("token rounding");
@@ -409,7 +457,7 @@ bool check_token_rounding(bool small) {
 void perf() {
   Rng rng(4);
   printf("%-22s %9s %9s %9s %9s %9s %9s %9s | %s\n", "us (T, E, K)", "topk f32", "topk bf16", "backward", "index", "lists", "ready", "rows",
-         "token rounding NR-f, SR-f, NR-s, up, down, balance-f");
+         "token rounding NR-f, SR-f, NR-s, up, down, balance-f; NR-f's gradient");
   for (const auto& [T, E, K] : {std::tuple<int64_t, int64_t, int64_t>{24576, 128, 8},
                                 {24576, 32, 2},
                                 {32768, 256, 16},
@@ -459,6 +507,7 @@ void perf() {
     views.token = nullptr;
     printf(" %9.1f |", microseconds([&](Stream stream) { cuda::index_rows({rows, views, nullptr}, stream); }));
     const DeviceMemory scores = on_device(softmax_scores(T, E, rng));
+    double gradient = 0;  // of NR-f, renormalised
     for (int rule = 0; rule < 6; rule++) {
       const auto r = static_cast<RoundingRule>(rule);
       const Shape rounded{.T = T, .d = 8, .n = 8, .E = E, .R_cap = rounded_capacity(T, E, K, 128, r), .kind = RoutingKind::Lists};
@@ -467,8 +516,13 @@ void perf() {
       printf(" %7.1f", microseconds([&](Stream stream) {
                cuda::token_round({rounded, K, 128, r, false, 11, scores.data<float>(), to.views(), memory.data()}, stream);
              }));
+      if (r != RoundingRule::NrF) continue;
+      const DeviceMemory ds = on_device(normal(rounded.R_cap, rng)), dp(4 * T * E);
+      gradient = microseconds([&](Stream stream) {
+        cuda::token_round_backward({rounded, true, scores.data<float>(), to.views(), ds.data<float>(), dp.data<float>()}, stream);
+      });
     }
-    printf("\n");
+    printf("; %7.1f\n", gradient);
     fflush(stdout);
   }
 }

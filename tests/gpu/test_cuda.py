@@ -46,11 +46,15 @@ def test_token_rounding_gives_the_bits_of_the_cpu(rule, T, E, K, tile):
     torch.manual_seed(1)
     for scores in (torch.randn(T, E).softmax(-1), torch.randint(3, (T, E)).float() / 4):
         for renormalize in (False, True):
-            a = machmoe.token_round(scores, K, tile, rule, renormalize=renormalize, seed=5)
-            b = machmoe.token_round(scores.to(CUDA), K, tile, rule, renormalize=renormalize, seed=5)
+            x, y = scores.clone().requires_grad_(), scores.to(CUDA).requires_grad_()
+            a = machmoe.token_round(x, K, tile, rule, renormalize=renormalize, seed=5)
+            b = machmoe.token_round(y, K, tile, rule, renormalize=renormalize, seed=5)
             for name in ("token", "expert", "counts", "offsets"):
                 assert torch.equal(getattr(a, name), getattr(b, name).cpu()), name
             torch.testing.assert_close(a.score, b.score.cpu())
+            ds = torch.randn(a.capacity)
+            (ours,), (theirs,) = torch.autograd.grad(a.score, x, ds), torch.autograd.grad(b.score, y, ds.to(CUDA))
+            assert error(theirs, ours) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

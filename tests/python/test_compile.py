@@ -113,6 +113,7 @@ def test_opcheck_of_every_operator():
     logits, router_w = torch.randn(t, e), torch.randn(e, d)
     counts = torch.tensor([1, 2, 0, 3], dtype=torch.int32)  # all rows: H is not written past them
     rows = ops.routing_rows(counts, x)
+    rounded = ops.token_round(logits.softmax(-1), k, 2, 0, True, torch.tensor(0))
     lists, _, _ = ops.routing_lists(torch.arange(t), ids[:, 0].contiguous(), scores[:, 0].contiguous(), t, e)
     one, pair = (x, w1, None, w2, None, None, None), (x, gate, up, w2, b, b, b2)
     swiglu = (0, 1.702, 0.0, False)
@@ -125,6 +126,7 @@ def test_opcheck_of_every_operator():
         (ops.routing_lists, (torch.arange(t), ids[:, 0].contiguous(), scores[:, 0].contiguous(), t, e)),
         (ops.routing_rows, (counts, x)),
         (ops.token_round, (logits.softmax(-1), k, 2, 0, False, torch.tensor(0))),
+        (ops.token_round_backward, (torch.randn(rounded[1].shape), logits.softmax(-1), *rounded, True)),
         (ops.route_forward, (logits, k, 0)),
         (ops.route_backward, (scores, aux, logits, rids, rweights, rcounts, 0)),
         (ops.topk_experts_forward, (*one, None, ids, scores, *swiglu, True)),
