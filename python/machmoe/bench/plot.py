@@ -24,7 +24,7 @@ def bars(result, path):
     plt = need("matplotlib.pyplot")
     records, unit = measured(result), result["unit"]
     shapes, names = (list(dict.fromkeys(record[key] for record in records)) for key in ("shape", "contestant"))
-    figure, axes = plt.subplots(2, 1, figsize=(max(6, 1.3 * len(shapes) + 3), 7), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 1, figsize=(max(6, 0.75 * len(shapes) + 2), 6), layout="constrained", sharex=True, sharey=True)
     width = 0.8 / len(names)
     for panel, kind in zip(axes, ("forward", "backward"), strict=True):
         for i, name in enumerate(names):
@@ -62,6 +62,7 @@ def granularity(result, path):
         ticks = sorted({r["d"] / r["n"] for r in records})
         axes[1, column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         for panel in axes[:, column]:
+            panel.set_ylim(0, 1.06 * panel.get_ylim()[1])  # the default ends in the topmost marker
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
