@@ -2,7 +2,8 @@
 // Mostly both belong to one expert and share its weights; where an expert ends in between, each CTA loads its own. So no CTA idles on an odd tail.
 // The producer walks the list; the consumers find their tile in shared memory beside its first stage.
 #pragma once
-#include "cuda/hopper/gemm/tile_walk.cuh"
+#include "cuda/hopper/gemm/tile_walk.h"
+#include "cuda/hopper/ptx/ptx.cuh"
 
 namespace machmoe::cuda::hopper {
 

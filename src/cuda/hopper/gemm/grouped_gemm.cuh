@@ -74,16 +74,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
   cluster_sync();  // no CTA leaves while its peer may still arrive here
 }
 
-constexpr int kFewRows = 768;  // of an expert on average: up to three pairs of row tiles
-
 // columns: column tiles. The persistent grid has at most one cluster per pair of row tiles and column tile of the largest routing.
 template <class Schedule, class Loader, class Epilogue, class Weights>
 void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, Stream stream) {
   const WorkList work = work_list(r.tiles);
   const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
-  const int group = s.R_cap / s.E < kFewRows ? Loader::kGroupPairs : 1;
-  p.step = WalkStep::make(&work.header->tiles, work.tiles, group, columns, clusters);
+  p.step = WalkStep::make(&work.header->tiles, work.tiles, group_pairs(Loader::kGathered, s.R_cap, s.E), columns, clusters);
   launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 

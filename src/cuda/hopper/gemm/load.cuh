@@ -70,8 +70,8 @@ struct GatherRows {
     const int* token;  // row -> row of x; null: itself
     int chunks;
   };
-  static constexpr int kArrivals = 129;      // 128 threads and the expected bytes
-  static constexpr int kGroupPairs = 1;      // of small experts; gathered rows come from memory: all columns of a pair at once
+  static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
+  static constexpr bool kGathered = true;
   static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
   template <class R, class Weights>
@@ -128,7 +128,7 @@ struct TmaRows {
     int blocks;       // of a plane: the reduction runs through one plane, then the next
   };
   static constexpr int kArrivals = 1;
-  static constexpr int kGroupPairs = 8;  // of small experts
+  static constexpr bool kGathered = false;
   static constexpr bool kProxyFence = false;
 
   template <class R, class Weights>
