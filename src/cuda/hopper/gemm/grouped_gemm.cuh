@@ -68,7 +68,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
     const int w = warpgroup - 1, warp = uniform(tid / 32);
     const int slot = w * 4 + warp;
     Epilogue epilogue(p.epilogue, stages + Layout::kStaging + slot * Epilogue::kStagingBytes, stages + Layout::kNotes + slot * Epilogue::kNoteBytes);
-    Schedule::template consume<Epilogue, Loader::kProxyFence, Weights::kPanels>(ring, epilogue, !first.ended(p.step, tiles), w, warp, p.k_blocks);
+    Schedule::template consume<Epilogue, Loader::kGathered, Weights::kPanels>(ring, epilogue, !first.ended(p.step, tiles), w, warp, p.k_blocks);
     epilogue.finish();
   }
   cluster_sync();  // no CTA leaves while its peer may still arrive here

@@ -72,7 +72,6 @@ struct GatherRows {
   };
   static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
   static constexpr bool kGathered = true;
-  static constexpr bool kProxyFence = true;  // cp.async writes through the generic proxy
 
   template <class R, class Weights>
   DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {
@@ -129,7 +128,6 @@ struct TmaRows {
   };
   static constexpr int kArrivals = 1;
   static constexpr bool kGathered = false;
-  static constexpr bool kProxyFence = false;
 
   template <class R, class Weights>
   DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {

@@ -33,7 +33,7 @@ struct Held {
   using R = Ring<kColumns, kStages>;
 
   // w, warp: this warpgroup of the two, and its warp. more: there is a first tile.
-  template <class Epilogue, bool kProxyFence, bool kPanels>
+  template <class Epilogue, bool kGathered, bool kPanels>
   DEV static void consume(const R& ring, Epilogue& epilogue, bool more, int w, int warp, int k_blocks) {
     constexpr int kChunks = Epilogue::kChunks;
     float acc[kColumns / 2];
@@ -54,7 +54,7 @@ struct Held {
       for (int k = 0; k < blocks || chunk < kChunks; k++) {
         if (k < blocks) {
           mbar_wait(ring.full(slot.stage), slot.phase);
-          if constexpr (kProxyFence) fence_proxy_async();
+          if constexpr (kGathered) fence_proxy_async();  // cp.async writes through the generic proxy
           with_width<kColumns, Epilogue::kNarrow>(columns, [&](auto width) {
             if (any) multiply<width, false, kPanels>(acc, ring.a(slot.stage) + w * 8192, ring.b(slot.stage), k > 0);
           });
