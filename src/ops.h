@@ -13,14 +13,14 @@ constexpr int64_t kSlackRows = 64;
 // All pointers are memory of the backend's device.
 struct Routing {
   int32_t* token = nullptr;          // [R_cap] row -> token, ascending inside one expert; null for Rows
-  int32_t* expert = nullptr;         // [R_cap] row -> expert; optional output of the index ops, read by no kernel
+  int32_t* expert = nullptr;         // [R_cap] row -> expert; optional output of the index ops, read by token_round_backward alone
   void* score = nullptr;             // [R_cap] accum, in row order; null: every score is 1 (Rows only)
   int32_t* counts = nullptr;         // [E]
   int32_t* offsets = nullptr;        // [E + 1] exclusive sum of counts
   int32_t* token_offsets = nullptr;  // [T + 1] Lists only: slots of a token
   int32_t* inverse =
       nullptr;               // TopK [T K]: slot t K + k -> row, -1 if dropped. Lists [R_cap]: slots grouped by token, ascending row inside one token
-  int32_t* tiles = nullptr;  // CUDA work list (src/cuda/metadata.cu); null on the CPU
+  int32_t* tiles = nullptr;  // CUDA work list (src/cuda/work.h); null on the CPU
 };
 
 // ---- routing metadata ---------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ typedef struct machmoe_weights {
 typedef struct machmoe_routing {
   size_t struct_size;
   int32_t* token;         /* [row_capacity] row -> token, grouped by expert, ascending inside one; null for ROWS */
-  int32_t* expert;        /* [row_capacity] row -> expert; optional output */
+  int32_t* expert;        /* [row_capacity] row -> expert; optional output, read by machmoe_token_round_backward alone */
   void* score;            /* [row_capacity] F32 (F64) in row order; null with ROWS: 1 */
   int32_t* counts;        /* [E] rows of each expert; R = their sum, on the device */
   int32_t* offsets;       /* [E + 1] */
@@ -181,8 +181,8 @@ MACHMOE_API machmoe_status machmoe_token_round_workspace_bytes(const machmoe_lay
 /* scores [T, E] F32 in [0, 1]. The layer is LISTS of machmoe_rounded_capacity(); the routing is carved with_expert and comes out complete. */
 MACHMOE_API machmoe_status machmoe_token_round(const machmoe_layer*, const machmoe_token_round_options*, const float* scores,
                                                const machmoe_routing* out, void* workspace, size_t bytes, void* stream);
-/* dscores [T, E] F32 from dscore [row_capacity] F32, the gradient of the rounded routing's score: 0 where a pair was not kept.
- * layer, renormalize, scores, routing: those of the machmoe_token_round; scores may be null without renormalize. */
+/* dscores [T, E] F32, 0 where a pair was not kept, from dscore [row_capacity] F32 (not read past R), the gradient of the routing's score.
+ * layer, renormalize, scores, routing: those of the machmoe_token_round, expert included; scores may be null without renormalize. */
 MACHMOE_API machmoe_status machmoe_token_round_backward(const machmoe_layer*, int renormalize, const float* scores, const machmoe_routing*,
                                                         const float* dscore, float* dscores, void* stream);
 

@@ -1,4 +1,4 @@
-// Offsets and the work list from the experts' row counts, by one block for itself: every index kernel has blocks for it.
+// Sums over a block; offsets and the work list from the experts' row counts, by one block for itself: every index kernel has blocks for it.
 #pragma once
 #include "cuda/kernels.h"
 #include "cuda/work.h"
