@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/check.h"
+
 namespace machmoe::cuda {
 
 constexpr int kTileRows = 128;
@@ -31,6 +33,7 @@ struct WorkList {
   WorkTile* tiles;
 };
 inline WorkList work_list(int32_t* buffer) {
+  MACHMOE_CHECK(buffer, "routing.tiles is null, expected the work list that machmoe_routing_carve places: CUDA reads it");
   auto* header = reinterpret_cast<WorkHeader*>(buffer);
   return {header, reinterpret_cast<WorkTile*>(header + 1)};
 }

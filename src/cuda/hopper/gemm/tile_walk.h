@@ -7,8 +7,8 @@
 
 namespace machmoe::cuda::hopper {
 
-// Pairs of a group. Small experts, up to three pairs on average, go better with 8, unless their rows are gathered: these come from memory for all columns
-// of a pair at once. Soaked TFLOP/s at DeepSeek-V3 (512 rows an expert) with 1, 2, 4, 8, 16 pairs, one H100:
+// Pairs of a group. Small experts, up to three pairs on average, go better with 8, unless their rows are gathered: these come from memory for all
+// columns of a pair at once. Soaked TFLOP/s at DeepSeek-V3 (512 rows an expert) with 1, 2, 4, 8, 16 pairs, one H100:
 //   Y 526, 565, 582, 597, 544   dX~ 508, 523, 603, 624, 580   gathered, 1 and 8: A 539, 488   dH 559, 472
 // At 640 rows (Qwen3-Next) 8 pairs change nothing, from 1,536 rows on Y - 3 to + 3 %.
 constexpr int group_pairs(bool gathered, int64_t R_cap, int64_t E) { return !gathered && R_cap / E < 768 ? 8 : 1; }
