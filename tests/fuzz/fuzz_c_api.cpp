@@ -45,6 +45,39 @@ bool ok(machmoe_status status) {
 }
 constexpr int64_t kLimit = 4096;  // elements: calls beyond it are only asked for their sizes
 
+// Token rounding and its gradient: a rounded routing is whole, its gradient is 0 outside the kept pairs.
+void round_tokens(Input& in, machmoe_layer layer) {
+  machmoe_token_round_options options{};
+  options.struct_size = in.byte() < 250 ? sizeof options : in.byte();
+  options.K = in.size(4), options.tile = in.size(8);
+  options.rule = in.code(5), options.renormalize = in.code(1);
+  int64_t capacity = 0;
+  if (!ok(machmoe_rounded_capacity(layer.T, layer.E, options.K, options.tile, options.rule, &capacity))) return;
+  layer.routing_kind = MACHMOE_LISTS;
+  layer.row_capacity = in.byte() < 250 ? capacity : in.size(40);
+  size_t metadata_bytes = 0, routing_scratch = 0, workspace_bytes = 0;
+  if (!ok(machmoe_routing_bytes(&layer, 1, &metadata_bytes, &routing_scratch)) || !ok(machmoe_token_round_workspace_bytes(&layer, &workspace_bytes)))
+    return;
+  if (layer.T > kLimit || layer.row_capacity > kLimit || layer.E > 64) return;
+  std::vector<uint8_t> metadata(metadata_bytes + 16), workspace(workspace_bytes + 16);
+  machmoe_routing routing{};
+  if (!ok(machmoe_routing_carve(&layer, 1, metadata.data(), &routing))) return;
+  const auto pairs = static_cast<size_t>(layer.T * layer.E);
+  std::vector<float> scores(pairs), dscores(pairs, -1.f), dscore(static_cast<size_t>(layer.row_capacity), 1.f);
+  for (float& score : scores) score = static_cast<float>(in.byte()) / 250.f;  // a few above 1
+  if (!ok(machmoe_token_round(&layer, &options, scores.data(), &routing, workspace.data(), workspace_bytes, nullptr))) return;
+  const int32_t R = routing.offsets[layer.E];
+  require(R >= 0 && R <= layer.row_capacity && routing.token_offsets[layer.T] == R, "a rounded routing fits its capacity");
+  const bool renormalized = options.renormalize && options.struct_size == sizeof options;  // a shorter struct leaves the default
+  if (!ok(machmoe_token_round_backward(&layer, renormalized, scores.data(), &routing, dscore.data(), dscores.data(), nullptr))) return;
+  size_t kept = 0;
+  for (const float d : dscores) {
+    require(d > -1e-3f, "a gradient is written, and of equal row gradients none is negative");
+    kept += d != 0.f;
+  }
+  require(kept <= static_cast<size_t>(R), "a gradient is 0 where a pair was not kept");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -68,7 +101,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!ok(machmoe_forward_workspace_bytes(&layer, &forward_bytes)) ||
       !ok(machmoe_backward_workspace_bytes(&layer, 0, MACHMOE_PHASE_ALL, &backward_bytes)))
     return 0;
+  if (layer.struct_size != sizeof layer) return 0;  // of a shorter struct the library has read less than stands here
   if (layer.T > kLimit || layer.row_capacity > kLimit || layer.E > 64 || layer.d > 64 || layer.n > 64) return 0;
+  if (in.byte() % 4 == 0) {
+    round_tokens(in, layer);
+    return 0;
+  }
 
   const size_t element = layer.dtype == MACHMOE_F64 ? 8 : layer.dtype == MACHMOE_F32 ? 4 : 2, accum = layer.dtype == MACHMOE_F64 ? 8 : 4;
   const auto bytes = [](int64_t count, size_t each) { return std::vector<uint8_t>(static_cast<size_t>(count) * each, 0); };
