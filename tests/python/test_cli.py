@@ -111,7 +111,15 @@ def test_a_rival_that_fails_is_reported_and_stops_nobody(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--shape", "7B"], ["--thiek", "1,2,3"], ["--thiek", "64,32,16,4,5"], ["--contestants", "cutlass"], ["--plot", "nowhere.json"]]
+    "words",
+    [
+        ["--shape", "7B"],
+        ["--thiek", "1,2,3"],
+        ["--thiek", "64,32,16,4,5"],
+        ["--contestants", "cutlass"],
+        ["--routing", "skew"],
+        ["--plot", "nowhere.json"],
+    ],
 )
 def test_bench_refuses_what_it_does_not_know(words, capsys):
     assert main(["bench", *words]) == 2
@@ -125,6 +133,30 @@ def test_every_routing_pattern_can_be_timed(pattern, tmp_path):
     )
     (record,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert record["rows"] == 512 or pattern == "rounded"
+
+
+def test_routing_patterns_take_turns_on_the_same_data(tmp_path):
+    words = [
+        "--thiek",
+        "256,32,16,4,2",
+        "--budget-ms",
+        "1",
+        "--routing",
+        "balanced,rounded",
+        "--contestants",
+        "machmoe,grouped_mm",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["bench", *words]) == 0
+    records = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [record["contestant"] for record in records] == ["machmoe, balanced", "grouped_mm, balanced", "machmoe, rounded"]
+    assert [record["routing"] for record in records] == ["balanced", "balanced", "rounded"]
+    assert records[2]["rows"] % 128 == 0 and records[2]["forward"]["throughput"] > 0
+    assert records[0]["time_over_machmoe"] == records[2]["time_over_machmoe"] == 1 != records[1]["time_over_machmoe"]
+    first = Problem(Shape("small", 256, 32, 16, 4, 2), "random", torch.float32, torch.device("cpu"))
+    other = Problem(first.shape, "rounded", torch.float32, torch.device("cpu"), like=first)
+    assert other.w1 is first.w1 and torch.equal(other.scores, first.scores)
 
 
 def test_the_problem_has_distinct_experts_and_normalised_weights():

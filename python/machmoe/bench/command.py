@@ -22,7 +22,12 @@ def add_arguments(parser):
     parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="a shape by its sizes, repeatable")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<i>")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on CUDA, fp32 on the CPU")
-    parser.add_argument("--routing", choices=PATTERNS, default="random", help="skewed: p_e ~ 1/e; rounded: token rounding, machmoe only")
+    parser.add_argument(
+        "--routing",
+        default="random",
+        metavar="A,B",
+        help=f"of {', '.join(PATTERNS)} (default: random); several take turns. skewed: p_e ~ 1/e; rounded: token rounding, machmoe only",
+    )
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
     parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
@@ -36,6 +41,14 @@ def choose_shapes(arguments, on_cuda):
     if not names and not arguments.thiek:
         names = H200_SHAPES if on_cuda else ["cpu"]
     return [parse(text) for text in names + (arguments.thiek or [])]
+
+
+def choose_patterns(arguments):
+    patterns = arguments.routing.split(",")
+    unknown = [pattern for pattern in patterns if pattern not in PATTERNS]
+    if unknown:
+        raise UserError(f"--routing does not know '{unknown[0]}'; choose from {', '.join(PATTERNS)}")
+    return patterns
 
 
 def choose_contestants(arguments, on_cuda):
@@ -53,25 +66,28 @@ def choose_contestants(arguments, on_cuda):
     return names
 
 
-def measure_shape(shape, names, arguments, device, dtype):
-    """A record for each contestant; one that fails is reported with its error and does not stop the others."""
+def measure_shape(shape, patterns, names, arguments, device, dtype):
+    """A record for each contestant and routing; one that fails is reported with its error and does not stop the others."""
     from .contestants import CONTESTANTS, Problem
     from .measure import host_cost, memory, time_all
 
-    problem = Problem(shape, arguments.routing, dtype, device)
     sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E, "K": shape.K}
-    contestants, records = {}, {}
-    for name in names:
-        try:
-            contestant = CONTESTANTS[name](problem)
-            contestant.backward(contestant.forward())
-            contestants[name] = contestant
-        except Exception as error:  # noqa: BLE001  a rival that does not run here
-            records[name] = sizes | {"contestant": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    problem, contestants, records = None, {}, {}
+    for pattern in patterns:
+        problem = Problem(shape, pattern, dtype, device, like=problem)
+        for name in (name for name in names if pattern != "rounded" or name == "machmoe"):
+            label = name if len(patterns) == 1 else f"{name}, {pattern}"
+            records[label] = sizes | {"contestant": label, "routing": pattern}
+            try:
+                contestant = CONTESTANTS[name](problem)
+                contestant.backward(contestant.forward())
+                contestants[label] = contestant
+            except Exception as error:  # noqa: BLE001  a rival that does not run here
+                records[label]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     times = time_all(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
     scale = 1e-9 if device.type == "cuda" else 1e-6  # FLOP/ms -> TFLOP/s, GFLOP/s
     for name, contestant in contestants.items():
-        record = sizes | {"contestant": name, "rows": contestant.rows, **times[name]}
+        record = records[name] | {"rows": contestant.rows, **times[name]}
         record["total"] = {key: record["forward"][key] + record["backward"][key] for key in ("min_ms", "median_ms")}
         flops = shape.flops(contestant.rows)
         for kind, factor in (("forward", 1), ("backward", 2), ("total", 3), ("layer", 3)):
@@ -83,10 +99,10 @@ def measure_shape(shape, names, arguments, device, dtype):
                 record[kind]["floor_share"] = ms / record[kind]["median_ms"]
         records[name] = record | memory(contestant, device) | host_cost(contestant, device, arguments.host_calls)
     for name, key in (("dense bmm", "time_over_dense"), ("machmoe", "time_over_machmoe")):
-        base = records.get(name, {}).get("total")
         for record in records.values():
+            base = records.get(name if len(patterns) == 1 else f"{name}, {record['routing']}", {}).get("total")
             record[key] = record["total"]["median_ms"] / base["median_ms"] if base and "total" in record else None
-    return [records[name] for name in names]
+    return list(records.values())
 
 
 def show(records, unit, on_cuda):
@@ -161,7 +177,7 @@ def run(arguments):
     if on_cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
-    shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
+    shapes, patterns, names = choose_shapes(arguments, on_cuda), choose_patterns(arguments), choose_contestants(arguments, on_cuda)
     unit = "TFLOP/s" if on_cuda else "GFLOP/s"
     result = {
         "schema": SCHEMA,
@@ -176,10 +192,10 @@ def run(arguments):
     print(f"{result['machine']['devices'].get('cuda:0' if on_cuda else 'cpu')}, {result['dtype']}, {arguments.routing} routing")
     failed = False
     for shape in shapes:
-        records = measure_shape(shape, names, arguments, device, dtype)
+        records = measure_shape(shape, patterns, names, arguments, device, dtype)
         result["results"] += records
         show(records, unit, on_cuda)
-        failed |= any("error" in record for record in records if record["contestant"] == "machmoe")
+        failed |= any("error" in record for record in records if record["contestant"].startswith("machmoe"))
         gc.collect()
         if on_cuda:
             torch.cuda.empty_cache()

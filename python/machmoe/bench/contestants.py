@@ -9,9 +9,10 @@ from ..torch_layer import grouped_experts, topk_route
 
 
 class Problem:
-    """Random data of unit variance and one routing. Patterns: random top-K, balanced, skewed (p_e ~ 1/e), rounded (token rounding)."""
+    """Random data of unit variance and one routing. Patterns: random top-K, balanced, skewed (p_e ~ 1/e), rounded (token rounding).
+    like: another problem of the shape, whose data it shares."""
 
-    def __init__(self, shape, pattern, dtype, device, seed=0):
+    def __init__(self, shape, pattern, dtype, device, seed=0, like=None):
         self.shape, self.pattern = shape, pattern
         T, d, n, E, K = shape.T, shape.d, shape.n, shape.E, shape.K
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -19,8 +20,12 @@ class Problem:
         def normal(*sizes, scale=1.0):
             return torch.empty(sizes, dtype=dtype, device=device).normal_(0, scale, generator=generator)
 
-        self.x, self.d_o = normal(T, d), normal(T, d)
-        self.w1, self.w2, self.router_w = normal(E, 2 * n, d, scale=d**-0.5), normal(E, d, n, scale=n**-0.5), normal(E, d, scale=d**-0.5)
+        if like:
+            self.x, self.d_o, self.w1, self.w2, self.router_w = like.x, like.d_o, like.w1, like.w2, like.router_w
+        else:
+            self.x, self.d_o = normal(T, d), normal(T, d)
+            self.w1, self.w2, self.router_w = normal(E, 2 * n, d, scale=d**-0.5), normal(E, d, n, scale=n**-0.5), normal(E, d, scale=d**-0.5)
+        generator.manual_seed(seed + 1)  # the same scores for every pattern
         logits = torch.randn(T, E, device=device, generator=generator)
         if pattern == "skewed":  # Gumbel top-K of log p_e: K experts without replacement
             uniform = torch.rand(T, E, device=device, generator=generator).clamp_(1e-12, 1 - 1e-7)

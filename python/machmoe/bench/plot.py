@@ -35,7 +35,7 @@ def bars(result, path):
         panel.set_axisbelow(True)
         panel.margins(x=0.02)
     axes[1].set_xticks(range(len(shapes)), shapes, rotation=30 if len(shapes) > 3 else 0, ha="right" if len(shapes) > 3 else "center")
-    axes[0].legend(ncols=min(5, len(names)), fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0))
+    axes[0].legend(ncols=min(3, len(names)), fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0))
     return save(figure, path)
 
 
