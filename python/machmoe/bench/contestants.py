@@ -9,7 +9,7 @@ from ..torch_layer import grouped_experts, topk_route
 
 
 class Problem:
-    """Random data of unit variance and one routing. Patterns: random top-K, balanced, skewed (p_e ~ 1/e), rounded (token rounding).
+    """Random data of unit variance and one routing. Patterns: random top-K, balanced (random tokens), skewed (p_e ~ 1/e), rounded (token rounding).
     like: another problem of the shape, whose data it shares."""
 
     def __init__(self, shape, pattern, dtype, device, seed=0, like=None):
@@ -32,7 +32,8 @@ class Problem:
             logits = -torch.arange(1, E + 1, device=device).float().log() - (-uniform.log()).log()
         self.scores = logits.softmax(-1)
         if pattern == "balanced":
-            ids = (torch.arange(T * K, device=device) % E).view(T, K)
+            order, tokens = (torch.randperm(size, device=device, generator=generator) for size in (E, T))
+            ids = order[(tokens.unsqueeze(1) * K + torch.arange(K, device=device)) % E]
             self.weights = self.scores.gather(1, ids)
         else:
             self.weights, ids = self.scores.topk(K)
