@@ -285,6 +285,7 @@ __device__ inline Span block_share(int64_t items) {
   const int64_t each = (items + gridDim.x - 1) / gridDim.x, begin = min(each * blockIdx.x, items);
   return {begin, min(begin + each, items)};
 }
+
 // put(item, slot) for the items of token_of(item) >= 0, slots grouped by token and ordered by `less` inside one. The whole cooperative grid calls it.
 template <class TokenOf, class Less, class Put>
 __device__ void group_by_token(const cooperative_groups::grid_group& grid, const TokenGroups& g, int64_t items, TokenOf token_of, Less less,

@@ -135,6 +135,11 @@ def test_every_routing_pattern_can_be_timed(pattern, tmp_path):
     assert record["rows"] == 512 or pattern == "rounded"
 
 
+def test_rounded_routing_needs_machmoe(capsys):
+    assert main(["bench", "--thiek", "256,32,16,4,2", "--routing", "rounded", "--contestants", "dense bmm,grouped_mm"]) == 2
+    assert "add machmoe" in capsys.readouterr().err
+
+
 def test_routing_patterns_take_turns_on_the_same_data(tmp_path):
     words = [
         "--thiek",

@@ -43,11 +43,13 @@ def choose_shapes(arguments, on_cuda):
     return [parse(text) for text in names + (arguments.thiek or [])]
 
 
-def choose_patterns(arguments):
-    patterns = arguments.routing.split(",")
+def choose_patterns(arguments, names):
+    patterns = list(dict.fromkeys(arguments.routing.split(",")))
     unknown = [pattern for pattern in patterns if pattern not in PATTERNS]
     if unknown:
         raise UserError(f"--routing does not know '{unknown[0]}'; choose from {', '.join(PATTERNS)}")
+    if patterns == ["rounded"] and "machmoe" not in names:
+        raise UserError(f"--routing rounded is measured for machmoe alone, --contestants has {', '.join(names)}: add machmoe")
     return patterns
 
 
@@ -58,8 +60,6 @@ def choose_contestants(arguments, on_cuda):
         if unknown:
             raise UserError(f"--contestants does not know '{unknown[0]}'; choose from {', '.join(NAMES)}")
         return names
-    if arguments.routing == "rounded":
-        return ["machmoe"]
     names = ["machmoe", "dense bmm", "grouped_mm"]
     if on_cuda:
         names += ["grouped_mm+compile"] + (["sonic-moe"] if importlib.util.find_spec("sonicmoe") else [])
@@ -73,10 +73,14 @@ def measure_shape(shape, patterns, names, arguments, device, dtype):
 
     sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E, "K": shape.K}
     problem, contestants, records = None, {}, {}
+
+    def labelled(name, pattern):
+        return name if len(patterns) == 1 else f"{name}, {pattern}"
+
     for pattern in patterns:
         problem = Problem(shape, pattern, dtype, device, like=problem)
         for name in (name for name in names if pattern != "rounded" or name == "machmoe"):
-            label = name if len(patterns) == 1 else f"{name}, {pattern}"
+            label = labelled(name, pattern)
             records[label] = sizes | {"contestant": label, "routing": pattern}
             try:
                 contestant = CONTESTANTS[name](problem)
@@ -100,7 +104,7 @@ def measure_shape(shape, patterns, names, arguments, device, dtype):
         records[name] = record | memory(contestant, device) | host_cost(contestant, device, arguments.host_calls)
     for name, key in (("dense bmm", "time_over_dense"), ("machmoe", "time_over_machmoe")):
         for record in records.values():
-            base = records.get(name if len(patterns) == 1 else f"{name}, {record['routing']}", {}).get("total")
+            base = records.get(labelled(name, record["routing"]), {}).get("total")
             record[key] = record["total"]["median_ms"] / base["median_ms"] if base and "total" in record else None
     return list(records.values())
 
@@ -177,7 +181,8 @@ def run(arguments):
     if on_cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
-    shapes, patterns, names = choose_shapes(arguments, on_cuda), choose_patterns(arguments), choose_contestants(arguments, on_cuda)
+    shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
+    patterns = choose_patterns(arguments, names)
     unit = "TFLOP/s" if on_cuda else "GFLOP/s"
     result = {
         "schema": SCHEMA,
