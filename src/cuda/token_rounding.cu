@@ -1,7 +1,7 @@
 // Token rounding (arXiv 2512.14080, section 5, Algorithm 4) without a sort: every expert finds the key of its last kept token digit by digit.
 //   mark    top-K of each token; keys of all pairs, transposed to [E][T]
 //   select  f, target and the threshold of each expert                                (Balance-f: targets by two small kernels before)
-//   member  by token: which experts keep it, and its slots among those of its block
+//   member  by token: which experts keep it, as bits of both, its slots among those of its block, and the sum of its kept scores
 //   rows    by expert: its kept tokens in ascending order, their scores and places in the inverse map; offsets and the work list
 // A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
 // ones the lower token.
@@ -32,12 +32,14 @@ struct Params {
   const float* scores;  // [T, E]
   Routing out;
   WorkList work;
-  uint32_t* keys;    // [E][pitch], 0 past T
-  int* topk_count;   // [E] for Balance-f
-  uint2* threshold;  // [E] smallest kept key, and the last token of exactly that key that is kept
-  uint2* slots;      // [(E + 31) / 32][T] bit e % 32: token t keeps expert e; and the first slot of these, counted from that of the token's block
-  int* slot_sums;    // [token blocks] slots of a block
-  int token_shift;   // log2 of the tokens of a block
+  uint32_t* keys;     // [E][pitch], 0 past T
+  int* topk_count;    // [E] for Balance-f
+  uint2* threshold;   // [E] smallest kept key, and the last token of exactly that key that is kept
+  uint32_t* members;  // [E][pitch / 32] bit t % 32: expert e keeps token t
+  uint2* slots;       // [(E + 31) / 32][T] bit e % 32: token t keeps expert e; and the first slot of these, counted from that of the token's block
+  float* sums;        // [T] of a token's kept scores, where they are renormalised
+  int* slot_sums;     // [token blocks] slots of a block
+  int token_shift;    // log2 of the tokens of a block
 };
 
 __device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
@@ -265,7 +267,7 @@ __device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, Expert
   span = sums[1];
 }
 
-__global__ void __launch_bounds__(kIndexThreads, 1) select_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_constant__ Params p) {
   const int e = blockIdx.x;
   const ExpertKeys keys(p, e);
   const int f = keys.f(), over = f % p.tile, down = f - over, up = down + p.tile;
@@ -302,11 +304,12 @@ int member_tokens(int64_t E) { return E <= 32 ? 256 : E <= 64 ? 128 : E <= 128 ?
 __global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_constant__ Params p, int tokens) {
   constexpr int kLoads = 16;
   const int words = (p.E + 31) / 32, at_once = kMemberThreads / tokens;
-  auto* threshold = reinterpret_cast<uint2*>(shared_memory);  // [32 words]
-  uint32_t* bits = shared_memory + 64 * words;                // [words][tokens]
+  auto* threshold = reinterpret_cast<uint2*>(shared_memory);     // [32 words]
+  uint32_t* bits = shared_memory + 64 * words;                   // [words][tokens]
+  auto* sums = reinterpret_cast<float*>(bits + words * tokens);  // the same, of the kept scores
   for (int e = threadIdx.x; e < 32 * words; e += kMemberThreads) threshold[e] = e < p.E ? p.threshold[e] : uint2{~0u, 0};
   __syncthreads();
-  const int column = threadIdx.x / 32 / at_once * 32 + threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, column = threadIdx.x / 32 / at_once * 32 + lane;
   const int64_t begin = int64_t{blockIdx.x} << p.token_shift, end = min(begin + (int64_t{1} << p.token_shift), p.T);
   int slot = 0;
   for (int64_t base = begin; base < end; base += tokens) {
@@ -314,23 +317,36 @@ __global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_con
     for (int word = threadIdx.x / 32 % at_once; word < words; word += at_once) {
       const uint32_t* keys = p.keys + word * 32 * p.pitch + t;
       const int experts = t < p.T ? p.E - word * 32 : 0;
-      uint32_t mask = 0;
-#pragma unroll
+      uint32_t mask = 0, member = 0;
+      float sum = 0.f;
+#pragma unroll 1
       for (int part = 0; part < 32; part += kLoads) {
         uint32_t key[kLoads];
 #pragma unroll
         for (int j = 0; j < kLoads; j++, keys += p.pitch) key[j] = part + j < experts ? *keys : 0u;
 #pragma unroll
-        for (int j = 0; j < kLoads; j++)
-          if (kept(key[j], static_cast<int>(t), threshold[word * 32 + part + j])) mask |= 1u << (part + j);
+        for (int j = 0; j < kLoads; j++) {
+          const bool keeps = t < p.T && kept(key[j], static_cast<int>(t), threshold[word * 32 + part + j]);
+          const uint32_t all = __ballot_sync(kAllLanes, keeps);
+          if (keeps) mask |= 1u << (part + j);
+          if (lane == part + j) member = all;
+          sum += keeps ? score_of(key[j]) : 0.f;
+        }
       }
-      bits[word * tokens + column] = t < p.T ? mask : 0u;
+      bits[word * tokens + column] = mask;
+      sums[word * tokens + column] = sum;
+      if (word * 32 + lane < p.E && t - lane < p.T) p.members[(word * 32 + lane) * (p.pitch / 32) + t / 32] = member;
     }
     __syncthreads();
     const int64_t own_token = base + threadIdx.x;
     int own = 0, total;
+    float sum = 0.f;
     if (threadIdx.x < tokens)
-      for (int word = 0; word < words; word++) own += __popc(bits[word * tokens + threadIdx.x]);
+      for (int word = 0; word < words; word++) {
+        own += __popc(bits[word * tokens + threadIdx.x]);
+        sum += sums[word * tokens + threadIdx.x];
+      }
+    if (p.renormalize && threadIdx.x < tokens && own_token < p.T) p.sums[own_token] = sum;
     const int before = exclusive_sum(own, total);
     if (threadIdx.x < tokens && own_token < p.T)
       for (int word = 0, next = slot + before; word < words; word++) {
@@ -345,17 +361,13 @@ __global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_con
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------------
-constexpr int kPerThread = 8, kChunk = kPerThread * kIndexThreads;  // tokens at a time
+constexpr int kChunk = 32 * kIndexThreads;  // tokens at a time
 
 struct RowsMemory {
   int* first_slot;  // [kMaxTokenBlocks]
-  uint32_t* key;    // [kChunk] of the kept tokens
-  uint16_t* token;  // [kChunk] in the chunk
-  __device__ RowsMemory()
-      : first_slot(reinterpret_cast<int*>(shared_memory)),
-        key(shared_memory + kMaxTokenBlocks),
-        token(reinterpret_cast<uint16_t*>(shared_memory + kMaxTokenBlocks + kChunk)) {}
-  static size_t bytes(int64_t E) { return std::max<size_t>(4 * kMaxTokenBlocks + 6 * kChunk, 4 * static_cast<size_t>(ExpertScan::ints(E))); }
+  uint16_t* token;  // [kChunk] kept ones, in the chunk
+  __device__ RowsMemory() : first_slot(reinterpret_cast<int*>(shared_memory)), token(reinterpret_cast<uint16_t*>(shared_memory + kMaxTokenBlocks)) {}
+  static size_t bytes(int64_t E) { return std::max<size_t>(4 * kMaxTokenBlocks + 2 * kChunk, 4 * static_cast<size_t>(ExpertScan::ints(E))); }
 };
 
 __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
@@ -365,21 +377,11 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
     write_work(scan, p.E, blockIdx.x, kWorkBlocks, nullptr, p.out.offsets, p.work);
     return;
   }
-  constexpr int kWarps = kIndexThreads / 32;
-  __shared__ int group_sum[kPerThread * kWarps];  // kept tokens of 32
   const RowsMemory m;
-  const int e = static_cast<int>(blockIdx.x) - kWorkBlocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint2 threshold = p.threshold[e];
-  const uint32_t* keys = p.keys + e * p.pitch;
-  uint32_t key[kPerThread];
-  const auto load = [&](int64_t base) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; i++) {
-      const int64_t t = base + i * kIndexThreads + threadIdx.x;
-      key[i] = t < p.T ? keys[t] : 0u;
-    }
-  };
-  load(0);
+  const int e = static_cast<int>(blockIdx.x) - kWorkBlocks, words = static_cast<int>(p.pitch / 32);
+  const uint32_t *members = p.members + int64_t{e} * words, *keys = p.keys + e * p.pitch;
+  const auto member = [&](int word) { return word < words ? members[word] : 0u; };
+  uint32_t mask = member(threadIdx.x);
 
   int lower = 0, all = 0;
   for (int i = threadIdx.x; i < p.E; i += kIndexThreads) {
@@ -387,8 +389,10 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
     all += count;
     lower += i < e ? count : 0;
   }
-  int row_begin = block_sum(lower);
-  const int R = block_sum(all), token_blocks = static_cast<int>((p.T + (int64_t{1} << p.token_shift) - 1) >> p.token_shift);
+  int64_t rows;  // of the lower experts, and below of all
+  exclusive_sum(int64_t{lower} << 32 | all, rows);
+  int row_begin = static_cast<int>(rows >> 32);
+  const int R = static_cast<int>(rows), token_blocks = static_cast<int>((p.T + (int64_t{1} << p.token_shift) - 1) >> p.token_shift);
   constexpr int kSums = kMaxTokenBlocks / kIndexThreads;
   int sums[kSums], own = 0, slots;
 #pragma unroll
@@ -402,45 +406,23 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
     m.first_slot[threadIdx.x * kSums + i] = slot;
     slot += sums[i];
   }
-  __syncthreads();
 
   auto* score = static_cast<float*>(p.out.score);
-  for (int64_t base = 0; base < p.T; base += kChunk) {
-    unsigned mask[kPerThread];
-#pragma unroll
-    for (int i = 0; i < kPerThread; i++) {
-      const int64_t t = base + i * kIndexThreads + threadIdx.x;
-      mask[i] = __ballot_sync(kAllLanes, t < p.T && kept(key[i], static_cast<int>(t), threshold));
-      if (lane == 0) group_sum[i * kWarps + warp] = __popc(mask[i]);
-    }
-    __syncthreads();
-    int total;
-    const int sum = exclusive_sum(threadIdx.x < kPerThread * kWarps ? group_sum[threadIdx.x] : 0, total);
-    if (threadIdx.x < kPerThread * kWarps) group_sum[threadIdx.x] = sum;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kPerThread; i++) {
-      if (!(mask[i] >> lane & 1)) continue;
-      const int at = group_sum[i * kWarps + warp] + __popc(mask[i] & ((1u << lane) - 1));
-      m.key[at] = key[i];
-      m.token[at] = static_cast<uint16_t>(i * kIndexThreads + threadIdx.x);
-    }
-    load(base + kChunk);
+  for (int base = 0; base < words; base += kIndexThreads) {
+    int total, at = exclusive_sum(__popc(mask), total);
+    for (; mask; mask &= mask - 1) m.token[at++] = static_cast<uint16_t>(threadIdx.x * 32 + __ffs(mask) - 1);
+    mask = member(base + kIndexThreads + static_cast<int>(threadIdx.x));
     __syncthreads();
     for (int i = threadIdx.x; i < total; i += kIndexThreads) {
       const int row = row_begin + i;
-      const int64_t t = base + m.token[i];
+      const int64_t t = int64_t{base} * 32 + m.token[i];
       const uint2 own = p.slots[e / 32 * p.T + t];
+      float value = score_of(keys[t]);
+      if (p.renormalize)
+        if (const float sum = p.sums[t]; sum > 0.f) value /= sum;
       p.out.inverse[m.first_slot[t >> p.token_shift] + static_cast<int>(own.y) + __popc(own.x & ((1u << e % 32) - 1))] = row;
       p.out.token[row] = static_cast<int>(t);
       p.out.expert[row] = e;
-      float value = score_of(m.key[i]);
-      if (p.renormalize) {
-        float scores = 0.f;  // of the token's kept pairs, in slot order
-        for (int word = 0; word < (p.E + 31) / 32; word++)
-          for (unsigned left = p.slots[word * p.T + t].x; left; left &= left - 1) scores += p.scores[t * p.E + word * 32 + __ffs(left) - 1];
-        if (scores > 0.f) value /= scores;
-      }
       score[row] = value;
     }
     row_begin += total;
@@ -457,18 +439,21 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
 struct Scratch {
-  uint32_t* keys;
+  uint32_t *keys, *members;
   int *topk_count, *slot_sums;
   uint2 *threshold, *slots;
+  float* sums;
 };
 int64_t pitch_of(int64_t T) { return (T + 31) / 32 * 32; }
 Scratch book(const Shape& s, Workspace& ws) {
   Scratch b{};
   b.keys = ws.take<uint32_t>(pitch_of(s.T) * s.E);
+  b.members = ws.take<uint32_t>(pitch_of(s.T) / 32 * s.E);
   b.topk_count = ws.take<int>(s.E);
   b.slot_sums = ws.take<int>(kMaxTokenBlocks);
   b.threshold = ws.take<uint2>(s.E);
   b.slots = ws.take<uint2>((s.E + 31) / 32 * s.T);
+  b.sums = ws.take<float>(s.T);
   return b;
 }
 
@@ -526,7 +511,9 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  b.keys,
                  b.topk_count,
                  b.threshold,
+                 b.members,
                  b.slots,
+                 b.sums,
                  b.slot_sums,
                  shift};
   if (s.T > 0) launch_mark(p, stream);
@@ -537,7 +524,8 @@ void token_round(const TokenRoundArgs& a, Stream on) {
   launch(select_kernel, s.E, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
   const auto words = static_cast<size_t>((s.E + 31) / 32);
   if (s.T > 0)
-    launch(member_kernel, ((s.T - 1) >> shift) + 1, kMemberThreads, sizeof(uint32_t) * words * static_cast<size_t>(64 + tokens), stream, p, tokens);
+    launch(member_kernel, ((s.T - 1) >> shift) + 1, kMemberThreads, sizeof(uint32_t) * words * static_cast<size_t>(64 + 2 * tokens), stream, p,
+           tokens);
   launch(rows_kernel, kWorkBlocks + s.E, kIndexThreads, RowsMemory::bytes(s.E), stream, p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
