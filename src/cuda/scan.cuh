@@ -42,9 +42,10 @@ __device__ inline int block_sum(int value) {
 struct ExpertScan {
   int* rows;   // [E + 1] offsets
   int* tiles;  // [E + 1] 128-row tiles before the expert
+  int* even;   // [E + 1] of these the ones of experts with an even number
 
-  static constexpr int64_t ints(int64_t E) { return 2 * (E + 1); }
-  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(memory + (E + 1)) {}
+  static constexpr int64_t ints(int64_t E) { return 3 * (E + 1); }
+  __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(rows + (E + 1)), even(tiles + (E + 1)) {}
 
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles.
   template <class Count>
@@ -65,9 +66,13 @@ struct ExpertScan {
       if (threadIdx.x == 0) out[E] = min(total, limit);
     };
     sums(rows, [](int n) { return n; });
-    sums(tiles, [](int n) { return (n + kTileRows - 1) / kTileRows; });
+    sums(tiles, [](int n) { return tiles_of(n); });
+    sums(even, [](int n) { return tiles_of(n) % 2 == 0 ? tiles_of(n) : 0; });
     __syncthreads();
   }
+  __device__ static int tiles_of(int n) { return (n + kTileRows - 1) / kTileRows; }
+  // Where the tiles of expert e begin in the work list of work.h.
+  __device__ int place(int e, int E) const { return (tiles[e + 1] - tiles[e]) % 2 == 0 ? even[e] : even[E] + tiles[e] - even[e]; }
 };
 
 // The e with before[e] <= i < before[e + 1].
@@ -90,7 +95,7 @@ __device__ inline void write_work(const ExpertScan& scan, int E, int block, int 
   }
   for (int i = first; i < scan.tiles[E]; i += step) {
     const int e = expert_of(scan.tiles, E, i), index = i - scan.tiles[e];
-    work.tiles[i] = {e, scan.rows[e] + index * kTileRows, scan.rows[e + 1], index};
+    work.tiles[scan.place(e, E) + index] = {e, scan.rows[e] + index * kTileRows, scan.rows[e + 1]};
   }
   if (first == 0) *work.header = {scan.tiles[E], scan.rows[E]};
 }

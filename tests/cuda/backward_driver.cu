@@ -153,9 +153,11 @@ struct Problem {
     std::vector<int> words(cuda::work_bytes(s.R_cap, c.E) / 4, -1);
     const cuda::WorkList list = cuda::work_list(words.data());
     *list.header = {0, static_cast<int>(R)};
-    for (int e = 0; e < c.E; e++)
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
-        list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
+    for (const int odd : {0, 1})
+      for (int e = 0; e < c.E; e++) {
+        if ((offsets[e + 1] - offsets[e] + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
+        for (int row = offsets[e]; row < offsets[e + 1]; row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1]};
+      }
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);
     r.token = rows ? nullptr : d_token.data;

@@ -116,9 +116,11 @@ struct Problem {
     words.assign(cuda::work_bytes(s.R_cap, E) / 4, -1);
     const cuda::WorkList list = cuda::work_list(words.data());
     *list.header = {0, static_cast<int>(R)};
-    for (int e = 0; e < E; e++)
-      for (int i = 0, row = offsets[e]; row < offsets[e + 1]; i++, row += cuda::kTileRows)
-        list.tiles[list.header->tiles++] = {e, row, offsets[e + 1], i};
+    for (const int odd : {0, 1})
+      for (int e = 0; e < E; e++) {
+        if ((offsets[e + 1] - offsets[e] + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
+        for (int row = offsets[e]; row < offsets[e + 1]; row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1]};
+      }
     return true;
   }
   bool routed = route();  // before the memory, whose sizes come from it

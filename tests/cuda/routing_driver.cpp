@@ -87,13 +87,15 @@ struct DeviceRouting {
     const cuda::WorkList list = cuda::work_list(words.data());
     int32_t count = 0;
     bool good = true;
-    const auto match = [&](const cuda::WorkTile& tile, int32_t e, int32_t row, int32_t index) {
-      good &= tile.expert == e && tile.row == row && tile.row_end == offset[static_cast<size_t>(e) + 1] && tile.index == index;
-    };
-    for (int32_t e = 0; e < s.E; e++) {
-      const int32_t begin = offset[static_cast<size_t>(e)], end = offset[static_cast<size_t>(e) + 1];
-      for (int32_t row = begin, i = 0; row < end; row += cuda::kTileRows) match(list.tiles[count++], e, row, i++);
-    }
+    for (const int32_t odd : {0, 1})
+      for (int32_t e = 0; e < s.E; e++) {
+        const int32_t begin = offset[static_cast<size_t>(e)], end = offset[static_cast<size_t>(e) + 1];
+        if ((end - begin + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
+        for (int32_t row = begin; row < end; row += cuda::kTileRows) {
+          const cuda::WorkTile& tile = list.tiles[count++];
+          good &= tile.expert == e && tile.row == row && tile.row_end == end;
+        }
+      }
     return good && list.header->tiles == count && list.header->rows == offset[static_cast<size_t>(s.E)];
   }
 };
