@@ -98,11 +98,14 @@ class _ListScores(torch.autograd.Function):
         metadata, expert, order = ops.routing_lists(token_ids, expert_ids, scores, num_tokens, num_experts)
         ctx.save_for_backward(order)
         ctx.mark_non_differentiable(metadata, expert)
+        ctx.set_materialize_grads(False)  # of the metadata: no zeros
         return _score_view(metadata, num_tokens, num_experts, order.shape[0], f64=scores.dtype == torch.float64), metadata, expert
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_score, _d_metadata, _d_expert):
+        if d_score is None:
+            return None, None, None, None, None
         (order,) = ctx.saved_tensors
         return _scattered(d_score, order.long(), order >= 0, order.shape[0]), None, None, None, None
 
@@ -114,11 +117,14 @@ class _RoundedScores(torch.autograd.Function):
         ctx.save_for_backward(scores, metadata, expert)
         ctx.renormalize = renormalize
         ctx.mark_non_differentiable(metadata, expert)
+        ctx.set_materialize_grads(False)  # of the metadata: no zeros
         return _score_view(metadata, *scores.shape, expert.shape[0]), metadata, expert
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_score, _d_metadata, _d_expert):
+        if d_score is None:
+            return None, None, None, None, None, None
         d_scores = ops.token_round_backward(d_score.contiguous(), *ctx.saved_tensors, ctx.renormalize)
         return d_scores, None, None, None, None, None
 

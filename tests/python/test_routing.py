@@ -48,6 +48,26 @@ def test_the_score_is_differentiable():
         assert weights.grad[r.token[row], slot] == factor[row]
 
 
+class Ignore(torch.autograd.Function):
+    """Has no gradient for its input."""
+
+    @staticmethod
+    def forward(ctx, score):
+        return score.sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_a_score_that_gets_no_gradient_passes_none_on():
+    ids, weights = topk()
+    tokens, scores = torch.arange(T).repeat_interleave(K), torch.rand(T, E, requires_grad=True)
+    listed = machmoe.Routing.from_lists(tokens, ids.flatten(), weights.flatten(), T, E)
+    for routing, leaf in ((listed, weights), (machmoe.token_round(scores, K, 8), scores)):
+        assert torch.autograd.grad(Ignore.apply(routing.score), leaf, allow_unused=True) == (None,)
+
+
 def test_experts_general_is_experts_on_topk_routings():
     ids, weights = topk()
     x, w1, w2 = torch.randn(T, 16), torch.randn(E, 16, 16), torch.randn(E, 16, 8)
