@@ -1,5 +1,8 @@
 // The table of the CPU backend.
 #include "backend.h"
+
+#include <cstring>
+
 #include "core/check.h"
 #include "cpu/experts.h"
 #include "cpu/router.h"
@@ -25,6 +28,7 @@ const Backend& cpu_backend() {
       .tiles_bytes = [](const Shape&) { return int64_t{0}; },
       .ds_parts = [](const Shape& s) { return cpu::ds_parts(s); },
       .check_shape = check_shape,
+      .clear = [](void* data, size_t bytes, Stream) { std::memset(data, 0, bytes); },
       .index_topk = checked<cpu::index_topk>,
       .index_lists = checked<cpu::index_lists>,
       .index_rows = checked<cpu::index_rows>,

@@ -48,6 +48,7 @@ const Backend* cuda_backend() {
       .tiles_bytes = [](const Shape& s) { return static_cast<int64_t>(cuda::work_bytes(s.R_cap, s.E)); },
       .ds_parts = cuda::hopper::ds_parts,
       .check_shape = check_shape,
+      .clear = cuda::clear,
       .index_topk = checked<cuda::index_topk>,
       .index_lists = checked<cuda::index_lists>,
       .index_rows = checked<cuda::index_rows>,

@@ -6,6 +6,8 @@ namespace machmoe::cuda {
 
 constexpr int64_t kMaxExperts = 4096;  // of the index ops and the router: an expert's counters fit in shared memory
 
+// launch.cpp
+void clear(void* data, size_t bytes, Stream);
 // metadata.cu
 size_t index_scratch(const Shape&);
 void index_topk(const IndexTopkArgs&, Stream);

@@ -6,6 +6,8 @@
 #include <mutex>
 #include <utility>
 
+#include "cuda/kernels.h"
+
 namespace machmoe::cuda {
 
 int num_sms() {
@@ -31,5 +33,7 @@ void allow_shared_memory(const void* kernel, int bytes) {
   MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   known = bytes;
 }
+
+void clear(void* data, size_t bytes, Stream stream) { MACHMOE_CUDA_CALL(cudaMemsetAsync(data, 0, bytes, stream_of(stream))); }
 
 }  // namespace machmoe::cuda

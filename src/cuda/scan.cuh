@@ -53,24 +53,29 @@ struct ExpertScan {
     const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
     int number[kItems];
     for (int i = 0; i < kItems; i++) number[i] = first + i < E ? count(first + i) : 0;
-    auto sums = [&](int* out, auto of) {
-      int own = 0, total;
-      for (int i = 0; i < kItems; i++) own += of(number[i]);
-      int before = exclusive_sum(own, total);
-      for (int i = 0; i < kItems; i++) {
-        const int here = min(before, limit);
-        if (first + i < E) out[first + i] = here;
-        before += of(number[i]);
-        if (out == rows) number[i] = min(number[i], limit - here);
-      }
-      if (threadIdx.x == 0) out[E] = min(total, limit);
+    int own = 0, total;
+    for (int i = 0; i < kItems; i++) own += number[i];
+    int before = exclusive_sum(own, total);
+    for (int i = 0; i < kItems; i++) {
+      const int here = min(before, limit);
+      if (first + i < E) rows[first + i] = here;
+      before += number[i];
+      number[i] = min(number[i], limit - here);
+    }
+    const auto tiles_of = [](int n) {  // both sums in one
+      const int count = (n + kTileRows - 1) / kTileRows;
+      return static_cast<uint64_t>(count % 2 == 0 ? count : 0) << 32 | static_cast<unsigned>(count);
     };
-    sums(rows, [](int n) { return n; });
-    sums(tiles, [](int n) { return tiles_of(n); });
-    sums(even, [](int n) { return tiles_of(n) % 2 == 0 ? tiles_of(n) : 0; });
+    uint64_t both = 0, all;
+    for (int i = 0; i < kItems; i++) both += tiles_of(number[i]);
+    both = exclusive_sum(both, all);
+    for (int i = 0; i < kItems; i++) {
+      if (first + i < E) tiles[first + i] = static_cast<int>(both), even[first + i] = static_cast<int>(both >> 32);
+      both += tiles_of(number[i]);
+    }
+    if (threadIdx.x == 0) rows[E] = min(total, limit), tiles[E] = static_cast<int>(all), even[E] = static_cast<int>(all >> 32);
     __syncthreads();
   }
-  __device__ static int tiles_of(int n) { return (n + kTileRows - 1) / kTileRows; }
   // Where the tiles of expert e begin in the work list of work.h.
   __device__ int place(int e, int E) const { return (tiles[e + 1] - tiles[e]) % 2 == 0 ? even[e] : even[E] + tiles[e] - even[e]; }
 };

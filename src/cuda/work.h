@@ -10,7 +10,7 @@ namespace machmoe::cuda {
 constexpr int kTileRows = 128;
 
 // Rows row .. min(row + kTileRows, row_end) - 1 of one expert. In the list stand the experts with an even number of tiles, then the others, each with
-// its tiles in a row: so of two odd experts only one pair of tiles, 2 i and 2 i + 1, is on different weights. Readable as one int4.
+// its tiles in a row: so of two odd experts only one pair of tiles, 2 i and 2 i + 1, is on different weights. Readable as one int4, its last word unused.
 struct alignas(16) WorkTile {
   int32_t expert;
   int32_t row;

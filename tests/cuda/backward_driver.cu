@@ -106,7 +106,7 @@ struct Problem {
   Routing r;
   int64_t R = 0, planes, parts;
   std::vector<int> offsets, expert;
-  Buffer<int> d_token, d_offsets, d_expert, d_tiles;
+  Buffer<int> d_token, d_offsets, d_expert, d_tiles, turns;
   Buffer<float> score, ds;
   Buffer<bf16> x, d_o, w1, w2, b2, h, dh_in, a_in, dh, a_prime, dx;
   Buffer<uint8_t> dw1, dw2;
@@ -158,6 +158,8 @@ struct Problem {
         if ((offsets[e + 1] - offsets[e] + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
         for (int row = offsets[e]; row < offsets[e + 1]; row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1]};
       }
+    turns = Buffer<int>(1);
+    turns.upload({0});
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);
     r.token = rows ? nullptr : d_token.data;
@@ -243,9 +245,9 @@ struct Problem {
     return {s, r, x.data, dh_in.data, gated ? dw1_view[0] : MutableWeight{}, dw1_view[planes - 1], c.out_dtype, c.accumulate};
   }
   DownProjBwdArgs dh_args() {
-    return {s, r, d_o.data, {w2.data, s.n, s.n * s.d}, {c.bias ? b2.data : nullptr, 1, s.d}, h.data, dh.data, a_prime.data, ds.data};
+    return {s, r, d_o.data, {w2.data, s.n, s.n * s.d}, {c.bias ? b2.data : nullptr, 1, s.d}, h.data, dh.data, a_prime.data, ds.data, turns.data};
   }
-  UpProjBwdArgs dx_args() { return {s, r, dh_in.data, planes == 2 ? w1_view[0] : ConstWeight{}, w1_view[planes - 1], dx.data}; }
+  UpProjBwdArgs dx_args() { return {s, r, dh_in.data, planes == 2 ? w1_view[0] : ConstWeight{}, w1_view[planes - 1], dx.data, turns.data}; }
 };
 
 struct Sums {
@@ -494,6 +496,11 @@ std::vector<Case> cases() {
   std::vector<int> many(160);  // several tiles for every CTA, all phases of the rings
   for (int e = 0; e < 160; e++) many[e] = (e * 37) % 200;
   add({"many experts", 4000, 520, 392, 160, many})->spare = 0;
+  // 18 turns of each of 66 clusters; items of two and of three turns of each, and one more
+  add({"dH: many turns of one k block", 600, 64, 2048, 300, std::vector<int>(300, 3)});
+  add({"dX~: many turns of one k block", 600, 2048, 64, 300, std::vector<int>(300, 3)})->act.kind = ActivationKind::ReLU2;
+  for (const int experts : {264, 266, 396, 398})
+    add({fmt::format("{} items", experts / 2), 600, 64, 64, experts, std::vector<int>(static_cast<size_t>(experts), 1)});
   return list;
 }
 
@@ -520,6 +527,10 @@ int check() {
       CHECK_CUDA(cudaDeviceSynchronize());
       cuda::hopper::weight_grad_w1(q.dw1_args(), {});
       CHECK_CUDA(cudaDeviceSynchronize());
+      if (q.turns.download()[0] != 0) {
+        printf("  turns are not 0 after the kernels: FAIL\n");
+        verdict.ok = false;
+      }
       if (run == 0) {
         verify_dh(q, verdict, 0);
         verify_dx(q, verdict, 0);

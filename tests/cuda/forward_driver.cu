@@ -125,13 +125,14 @@ struct Problem {
   }
   bool routed = route();  // before the memory, whose sizes come from it
   struct Memory {
-    Buffer<int> token, expert, tiles;
+    Buffer<int> token, expert, tiles, turns;
     Buffer<float> score;
     Buffer<bf16> x, w1, b1, w2, b2, h, a, y, a_in;
     explicit Memory(const Problem& p)
         : token(p.token),
           expert(p.expert),
           tiles(p.words),
+          turns(std::vector<int>{0}),
           score(p.scores),
           x(p.s.T * p.s.d),
           w1(p.E * p.planes * p.s.n * p.s.d),
@@ -200,9 +201,10 @@ struct Problem {
             c.bias && gated ? b1[0] : ConstBias{},
             c.bias ? b1[planes - 1] : ConstBias{},
             c.store_h ? m.h.data : nullptr,
-            c.store_a ? m.a.data : nullptr};
+            c.store_a ? m.a.data : nullptr,
+            m.turns.data};
   }
-  DownProjArgs down_args() { return {s, r, m.a_in.data, w2, c.bias ? b2 : ConstBias{}, m.y.data}; }
+  DownProjArgs down_args() { return {s, r, m.a_in.data, w2, c.bias ? b2 : ConstBias{}, m.y.data, m.turns.data}; }
 };
 
 struct Sums {
@@ -331,6 +333,10 @@ void run_case(const Case& c, Verdict& verdict) {
       verdict.ok = false;
       printf("  %-44s second run differs FAIL\n", c.name.c_str());
     }
+    if (q.m.turns.bytes() != std::vector<uint8_t>(4)) {
+      verdict.ok = false;
+      printf("  %-44s turns are not 0 after the kernels FAIL\n", c.name.c_str());
+    }
     std::move(now, now + 3, first);
   }
   verify_up(q, verdict, 0);
@@ -381,6 +387,11 @@ bool check() {
   cases.push_back({"no rows", 600, 320, 256, {0, 0, 0}});
   cases.push_back({"no rows, dispatched", 600, 320, 256, {0, 0}, RoutingKind::Rows});
   cases.push_back({"many small experts", 600, 128, 128, std::vector<int>(300, 3)});
+  // 18 turns of each of 66 clusters; items of two and of three turns of each, and one more
+  cases.push_back({"A: many turns of one k block", 600, 64, 1024, std::vector<int>(300, 3)});
+  cases.push_back({"Y: many turns of one k block", 600, 2048, 64, std::vector<int>(300, 3)});
+  for (const int experts : {264, 266, 396, 398})
+    cases.push_back({fmt::format("{} items", experts / 2), 600, 64, 64, std::vector<int>(static_cast<size_t>(experts), 1)});
   std::mt19937 rng(3);
   for (int i = 0; i < 12; i++) {
     std::vector<int> counts(1 + rng() % 40);

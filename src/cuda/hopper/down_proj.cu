@@ -27,7 +27,7 @@ void launch(const DownProjArgs& a, Stream stream) {
     p.epilogue.b2 = a.b2;
     p.unused = {static_cast<uint4*>(a.y), &work_list(a.routing.tiles).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
   }
-  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.d + R::kColumns - 1) / R::kColumns, stream);
+  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.d + R::kColumns - 1) / R::kColumns, a.turns, stream);
 }
 
 }  // namespace

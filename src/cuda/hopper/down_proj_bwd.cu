@@ -219,7 +219,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       e.R_cap = static_cast<int>(R);
       e.alpha = s.act.alpha;
       e.limit = s.act.limit;
-      launch_grouped_gemm<Schedule>(p, s, a.routing, columns, stream);
+      launch_grouped_gemm<Schedule>(p, s, a.routing, columns, a.turns, stream);
     };
     if constexpr (kKind == ActivationKind::SwiGLU || kKind == ActivationKind::SwiGLUOai) {
       if (s.act.limit > 0) return launch(std::true_type());

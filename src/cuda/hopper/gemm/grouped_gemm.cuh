@@ -26,7 +26,7 @@ struct UnusedRows {
 
 template <class Loader, class Epilogue, class Weights = WeightTiles>
 struct GroupedGemmParams {
-  WalkStep step;
+  TurnsParams turns;
   Weights weights;
   typename Loader::Params rows;
   typename Epilogue::Params epilogue;
@@ -34,13 +34,13 @@ struct GroupedGemmParams {
   int k_blocks;
 };
 
-// Shared memory: the ring's stages, what each consumer warp stages for the copy engine, what it notes, the ring's control.
+// Shared memory: the ring's stages, what each consumer warp stages for the copy engine, what it notes, the ring's control, the turns.
 template <class Schedule, class Epilogue>
 struct SharedLayout {
   using R = typename Schedule::R;
   static constexpr int kStaging = R::kBytes, kNotes = kStaging + 8 * Epilogue::kStagingBytes, kControl = kNotes + 8 * Epilogue::kNoteBytes,
-                       kBytes = kControl + R::kControlBytes;
-  static_assert(kBytes <= kMaxSharedBytes);
+                       kTurns = kControl + R::kControlBytes, kBytes = kTurns + Turns::kBytes;
+  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns::kSlots);
 };
 
 template <class Schedule, class Loader, class Epilogue, class Weights = WeightTiles>
@@ -53,22 +53,24 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
   const R ring{stages, stages + Layout::kControl};
   const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128), tid = static_cast<int>(threadIdx.x) % 128, rank = cluster_ctarank();
 
-  if (threadIdx.x == 0) ring.init(Loader::kArrivals);
+  if (threadIdx.x == 0) {
+    ring.init(Loader::kArrivals);
+    Turns::init(stages + Layout::kTurns);
+  }
   cluster_sync();
-  const int tiles = __ldg(p.step.tiles);
-  TileWalk first(p.step, blockIdx.x / 2);
-  first.settle(p.step, tiles);
+  const int tiles = __ldg(&p.turns.header->tiles);
+  const bool any = uniform(blockIdx.x / 2 < p.turns.order.items(tiles));
 
   if (warpgroup == 0) {
     reg_dec<40>();  // 128 x 40 + 256 x 232: what the launch took, 384 x 168. More would wait for ever
-    Loader::template produce<R>(p.rows, p.weights, ring, {p.step, first, tiles, rank}, tid, p.k_blocks);
+    Loader::template produce<R>(p.rows, p.weights, ring, {p.turns, stages + Layout::kTurns, tiles, rank, tid}, tid, p.k_blocks);
     if (p.unused.data && tid >= 32) p.unused.zero(blockIdx.x * 96 + tid - 32, gridDim.x * 96);
   } else {
     reg_inc<232>();
     const int w = warpgroup - 1, warp = uniform(tid / 32);
     const int slot = w * 4 + warp;
     Epilogue epilogue(p.epilogue, stages + Layout::kStaging + slot * Epilogue::kStagingBytes, stages + Layout::kNotes + slot * Epilogue::kNoteBytes);
-    Schedule::template consume<Epilogue, Loader::kGathered, Weights::kPanels>(ring, epilogue, !first.ended(p.step, tiles), w, warp, p.k_blocks);
+    Schedule::template consume<Epilogue, Loader::kGathered, Weights::kPanels>(ring, epilogue, any, w, warp, p.k_blocks);
     epilogue.finish();
   }
   cluster_sync();  // no CTA leaves while its peer may still arrive here
@@ -76,11 +78,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 
 // columns: column tiles. The persistent grid has at most one cluster per pair of row tiles and column tile of the largest routing.
 template <class Schedule, class Loader, class Epilogue, class Weights>
-void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, Stream stream) {
+void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, int32_t* turns,
+                         Stream stream) {
+  MACHMOE_CHECK(turns, "turns is null, expected a zero on the device: the clusters count in it");
   const WorkList work = work_list(r.tiles);
   const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
-  p.step = WalkStep::make(&work.header->tiles, work.tiles, group_pairs(Loader::kGathered, s.R_cap, s.E), columns, clusters);
+  p.turns = {TileOrder::make(Loader::kGathered, columns), work.header, work.tiles, reinterpret_cast<unsigned*>(turns)};
   launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 

@@ -1,6 +1,7 @@
 // Producers. Each loader fills A with the rows of the CTA's tile; the weights B come by tensor copies either way.
 #pragma once
 #include "cuda/hopper/gemm/ring.cuh"
+#include "cuda/hopper/gemm/turns.cuh"
 
 namespace machmoe::cuda::hopper {
 
@@ -16,10 +17,10 @@ struct WeightTiles {
     constexpr int kHalfBytes = R::kBBytes / 2;
     const int row = t.column * step;
     if (t.shared()) {
-      tma_load_3d_mc(ring.b(s) + rank * kHalfBytes, &half[rank], ring.full(s), k * kBlockK, row + rank * second, t.work.x, 3);
+      tma_load_3d_mc(ring.b(s) + rank * kHalfBytes, &half[rank], ring.full(s), k * kBlockK, row + rank * second, t.expert, 3);
     } else {
-      tma_load_3d(ring.b(s), &half[0], ring.full(s), k * kBlockK, row, t.work.x);
-      tma_load_3d(ring.b(s) + kHalfBytes, &half[1], ring.full(s), k * kBlockK, row + second, t.work.x);
+      tma_load_3d(ring.b(s), &half[0], ring.full(s), k * kBlockK, row, t.expert);
+      tma_load_3d(ring.b(s) + kHalfBytes, &half[1], ring.full(s), k * kBlockK, row + second, t.expert);
     }
   }
 };
@@ -41,25 +42,12 @@ struct WeightPanels {
 #pragma unroll 1
       for (int i = 0; i < kHalf; i++) {
         const int j = rank * kHalf + i;
-        tma_load_3d_mc(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.work.x, 3);
+        tma_load_3d_mc(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.expert, 3);
       }
     } else {
 #pragma unroll 1
-      for (int j = 0; j < kPanels; j++) tma_load_3d(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.work.x);
+      for (int j = 0; j < kPanels; j++) tma_load_3d(ring.b(s) + j * kPanelBytes, map, ring.full(s), column + j * 64, row, t.expert);
     }
-  }
-};
-
-// Where a producer stands in the list: `at` is the next tile.
-struct Walker {
-  const WalkStep& step;
-  TileWalk at;
-  int tiles, rank;
-
-  DEV ClusterTile tile() const { return {at, step, tiles, rank}; }
-  DEV void advance() {
-    at.advance(step);
-    at.settle(step, tiles);
   }
 };
 
@@ -74,7 +62,7 @@ struct GatherRows {
   static constexpr bool kGathered = true;
 
   template <class R, class Weights>
-  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns turns, int tid, int k_blocks) {
     constexpr int kRows = kTileRows / 16;
     const int lane = tid % 32;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
@@ -82,21 +70,20 @@ struct GatherRows {
     uint32_t source = 0;
     auto find = [&](const ClusterTile& t) {
       if (t.rows() <= 0) return;
-      const int row = min(t.work.y + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.work.z - 1);
+      const int row = min(t.row + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.row_end - 1);
       source = p.token ? __ldg(p.token + row) : row;
     };
     Slot<R> slot;
-    ClusterTile next = walk.tile();  // tiles are read two ahead and their rows one ahead, so that nothing here waits for a load
+    const auto load = [&] { return SpreadTile(turns.p.work, turns.tiles, turns.next(), turns.rank); };
+    ClusterTile next = load().gather();  // tiles are loaded two ahead and their rows one ahead, so that nothing here waits for a load
     find(next);
-    walk.advance();
-    ClusterTile after = walk.tile();
+    SpreadTile after = load();
     while (next.valid()) {
       const ClusterTile t = next;
       const uint32_t chunk0 = source * p.chunks;
-      next = after;
+      next = after.gather();
       find(next);
-      walk.advance();
-      after = walk.tile();
+      after = load();
       const bool low = t.rows() > 0, high = t.rows() > 64;
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
@@ -104,7 +91,7 @@ struct GatherRows {
         if (tid == 0) {
           if (k == 0) ring.post(slot.stage, t.posted(next.valid()));
           mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes);
-          weights.load(ring, slot.stage, k, t, walk.rank);
+          weights.load(ring, slot.stage, k, t, turns.rank);
         }
         __syncwarp();
         const uint32_t dst = dst0 + slot.stage * R::kABytes;
@@ -130,23 +117,23 @@ struct TmaRows {
   static constexpr bool kGathered = false;
 
   template <class R, class Weights>
-  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Walker walk, int tid, int k_blocks) {
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns turns, int tid, int k_blocks) {
     if (tid != 0) return;
     Slot<R> slot;
-    ClusterTile next = walk.tile();
+    const auto load = [&] { return load_tile(turns.p.work, turns.tiles, turns.next(), turns.rank); };
+    ClusterTile next = load();
     while (next.valid()) {
       const ClusterTile t = next;
-      walk.advance();
-      next = walk.tile();
+      next = load();
       const bool any = t.rows() > 0;
 #pragma unroll 1
       for (int k = 0; k < k_blocks; k++) {
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
         if (k == 0) ring.post(slot.stage, t.posted(next.valid()));
         mbar_arrive_expect_tx(ring.full(slot.stage), R::kBBytes + (any ? R::kABytes : 0));
-        weights.load(ring, slot.stage, k, t, walk.rank);
+        weights.load(ring, slot.stage, k, t, turns.rank);
         const bool second = k >= p.blocks;
-        if (any) tma_load_3d(ring.a(slot.stage), &p.map, ring.full(slot.stage), (k - (second ? p.blocks : 0)) * kBlockK, t.work.y, second);
+        if (any) tma_load_3d(ring.a(slot.stage), &p.map, ring.full(slot.stage), (k - (second ? p.blocks : 0)) * kBlockK, t.row, second);
         slot.advance();
       }
     }

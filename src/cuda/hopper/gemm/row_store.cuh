@@ -29,6 +29,7 @@ struct RowStore {
     for (int j = 0; j < kBox / 8; j += 2) {
       const uint2 first = pairs(2 * j), second = pairs(2 * j + 2);
       stmatrix_x4(box + matrix_offset(lane, j), first.x, first.y, second.x, second.y);
+      __syncwarp();  // a fence for the compiler: two blocks at once do not fit into registers
     }
   }
   // The first min(rows, 16) rows of the box to rows row .. of a ragged_store_map.

@@ -32,7 +32,7 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   e.n = static_cast<int>(n);
   e.alpha = s.act.alpha;
   e.limit = s.act.limit;
-  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, stream);
+  launch_grouped_gemm<Schedule>(p, s, a.routing, (s.n + Epilogue::kWidth - 1) / Epilogue::kWidth, a.turns, stream);
 }
 
 // Each in a file of its own, so that they compile side by side.

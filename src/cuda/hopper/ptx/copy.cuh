@@ -64,13 +64,28 @@ DEV void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- shared memory: 16 bytes, or one float ------------------------------------------------------------------------------------------------
+// ---- shared memory: 16 or 8 bytes, or one float ------------------------------------------------------------------------------------------------
 DEV void store_shared(uint32_t addr, int4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 DEV int4 load_shared(uint32_t addr) {
   int4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
+  return v;
+}
+
+DEV void store_shared(uint32_t addr, int64_t v) { asm volatile("st.shared.b64 [%0], %1;" ::"r"(addr), "l"(v) : "memory"); }
+// A word for threads of the cluster, here for those of CTA `cta`; it orders nothing else.
+DEV void store_cluster(uint32_t addr, uint32_t cta, int64_t v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.relaxed.cluster.shared::cluster.b64 [remote], %2;\n}" ::"r"(addr),
+      "r"(cta), "l"(v)
+      : "memory");
+}
+DEV int64_t load_cluster(uint32_t addr) {
+  int64_t v;
+  asm volatile("ld.relaxed.cluster.shared::cta.b64 %0, [%1];" : "=l"(v) : "r"(addr) : "memory");
   return v;
 }
 
