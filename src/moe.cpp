@@ -13,14 +13,14 @@ void* take_with_slack(Workspace& ws, int64_t rows, size_t pitch) {
 }
 
 struct ForwardBuffers {
-  void *a, *y;     // [R_cap, n], [R_cap, d]
-  int32_t* turns;  // [1]
+  void *a, *y;      // [R_cap, n], [R_cap, d]
+  uint32_t* turns;  // [1]
 };
 ForwardBuffers book_forward(const Shape& s, Workspace& ws) {
   const size_t row = static_cast<size_t>(s.R_cap) * size_of(s.dtype);
   void* a = ws.take(row * s.n);
   void* y = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);  // Rows: Y is the output
-  return {a, y, ws.take<int32_t>(1)};
+  return {a, y, ws.take<uint32_t>(1)};
 }
 
 struct BackwardBuffers {
@@ -28,13 +28,13 @@ struct BackwardBuffers {
   void *dh, *a_prime;  // [R_cap, planes, n], [R_cap, n]
   void* dx_rows;       // [R_cap, d]
   void* h;             // recompute only
-  int32_t* turns;      // [1]
+  uint32_t* turns;     // [1]
 };
 // In one call A' has been read, and the rebuilt H even before, when dX~ is written: they lie under it. Phases that are called apart keep them apart.
 BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, uint32_t phases, Workspace& ws) {
   const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
   BackwardBuffers buf{};
-  buf.turns = ws.take<int32_t>(1);
+  buf.turns = ws.take<uint32_t>(1);
   buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
   buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
   Workspace below = ws;

@@ -124,17 +124,17 @@ struct UpProjArgs {
   ConstBias b1_gate, b1_up;    // [E, n] each, base null: none
   void* h;                     // [R_cap, planes, n], null: not stored
   void* a;                     // [R_cap, n], null: not stored (recompute)
-  int32_t* turns = nullptr;    // [1] see above
+  uint32_t* turns = nullptr;   // [1] see above
 };
 // Y kernel: Y = A W2^T. Rows: Y = s (A W2^T + b2), and rows R .. R_cap - 1 of Y are zeroed.
 struct DownProjArgs {
   Shape shape;
   Routing routing;
-  const void* a;             // [R_cap, n]
-  ConstWeight w2;            // [E, d, n]
-  ConstBias b2;              // [E, d], read here for Rows only
-  void* y;                   // [R_cap, d]
-  int32_t* turns = nullptr;  // [1]
+  const void* a;              // [R_cap, n]
+  ConstWeight w2;             // [E, d, n]
+  ConstBias b2;               // [E, d], read here for Rows only
+  void* y;                    // [R_cap, d]
+  uint32_t* turns = nullptr;  // [1]
 };
 // The final sum of dS over column tiles: TopK writes slot order [T, K] (0 for dropped slots), Lists and Rows row order [R_cap] (0 past R).
 struct ScoreGradArgs {
@@ -160,14 +160,14 @@ struct AggregateArgs {
 struct DownProjBwdArgs {
   Shape shape;
   Routing routing;
-  const void* d_o;           // [T, d]
-  ConstWeight w2;            // [E, d, n]
-  ConstBias b2;              // [E, d], base null: none
-  const void* h;             // [R_cap, planes, n]
-  void* dh;                  // [R_cap, planes, n], kSlackRows mapped rows before it
-  void* a_prime;             // [R_cap, n], likewise
-  void* ds_parts;            // [Backend::ds_parts(shape)][R_cap] accum
-  int32_t* turns = nullptr;  // [1]
+  const void* d_o;            // [T, d]
+  ConstWeight w2;             // [E, d, n]
+  ConstBias b2;               // [E, d], base null: none
+  const void* h;              // [R_cap, planes, n]
+  void* dh;                   // [R_cap, planes, n], kSlackRows mapped rows before it
+  void* a_prime;              // [R_cap, n], likewise
+  void* ds_parts;             // [Backend::ds_parts(shape)][R_cap] accum
+  uint32_t* turns = nullptr;  // [1]
 };
 // dX~ kernel: dX~ = dH W1. Rows: rows R .. R_cap - 1 are zeroed.
 struct UpProjBwdArgs {
@@ -176,7 +176,7 @@ struct UpProjBwdArgs {
   const void* dh;              // [R_cap, planes, n]
   ConstWeight w1_gate, w1_up;  // [E, n, d] each
   void* dx_rows;               // [R_cap, d]
-  int32_t* turns = nullptr;    // [1]
+  uint32_t* turns = nullptr;   // [1]
 };
 // Weight gradients (varlen-K: the rows of an expert are the reduction). Experts without rows get zeros, or keep the accumulator.
 struct WeightGradW2Args {  // dW2_e = gather(dO)^T A'

@@ -16,7 +16,7 @@ struct TileOrder {
   uint32_t inverse;    // 2^32 / (items of a group), rounded down
 
   // Two pairs share weights in L2 and halve the clusters that read the same rows at once; gathered rows come from memory for all columns at once.
-  // Soaked TFLOP/s with 1, 2, 4, 8 pairs, random routing, one H100 (DeepSeek-V3 has 512 rows an expert, the other shape 256):
+  // Soaked TFLOP/s with 1, 2, 4, 8 pairs, random routing, one H100, two runs (DeepSeek-V3 has 512 rows an expert, the other shape 256):
   //   DeepSeek-V3                   Y 593, 615, 624, 608   dX~ 591, 626, 629, 630   A 593, 603   dH 564, 561
   //   (16384, 1536, 1024, 128, 2)   Y 450, 445, 439, 429   dX~ 480, 478, 461, 454   A 439, 440   dH 311, 294
   // From 1,536 rows on no choice differs beyond the noise.

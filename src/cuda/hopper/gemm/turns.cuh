@@ -2,8 +2,9 @@
 // find in L2 what the others read. Thread 0 of the cluster draws the numbers from a counter in global memory, turns ahead, and posts their places in
 // shared memory of both CTAs for all producer threads.
 #pragma once
-#include "cuda/hopper/gemm/cta_tile.cuh"
 #include "cuda/hopper/gemm/tile_order.h"
+#include "cuda/hopper/ptx/ptx.cuh"
+#include "cuda/work.h"
 
 namespace machmoe::cuda::hopper {
 
@@ -11,7 +12,7 @@ struct TurnsParams {
   TileOrder order;
   const WorkHeader* header;
   const WorkTile* work;
-  unsigned* counter;  // 0 before the launch and after it
+  uint32_t* counter;  // 0 before the launch and after it
 };
 
 struct Turns {
