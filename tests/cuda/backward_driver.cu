@@ -14,7 +14,7 @@
 #include "core/activation.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/work.h"
+#include "work_list.h"
 
 #include <cuda_bf16.h>
 
@@ -106,7 +106,8 @@ struct Problem {
   Routing r;
   int64_t R = 0, planes, parts;
   std::vector<int> offsets, expert;
-  Buffer<int> d_token, d_offsets, d_expert, d_tiles, turns;
+  Buffer<int> d_token, d_offsets, d_expert, d_tiles;
+  Buffer<uint32_t> turns;
   Buffer<float> score, ds;
   Buffer<bf16> x, d_o, w1, w2, b2, h, dh_in, a_in, dh, a_prime, dx;
   Buffer<uint8_t> dw1, dw2;
@@ -150,15 +151,8 @@ struct Problem {
     d_offsets.upload(offsets);
     d_expert = Buffer<int>(R);
     d_expert.upload(expert);
-    std::vector<int> words(cuda::work_bytes(s.R_cap, c.E) / 4, -1);
-    const cuda::WorkList list = cuda::work_list(words.data());
-    *list.header = {0, static_cast<int>(R)};
-    for (const int odd : {0, 1})
-      for (int e = 0; e < c.E; e++) {
-        if ((offsets[e + 1] - offsets[e] + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
-        for (int row = offsets[e]; row < offsets[e + 1]; row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1]};
-      }
-    turns = Buffer<int>(1);
+    const std::vector<int> words = test::work_list_of(offsets, s.R_cap);
+    turns = Buffer<uint32_t>(1);
     turns.upload({0});
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);

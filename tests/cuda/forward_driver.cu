@@ -16,7 +16,7 @@
 #include "core/activation.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/work.h"
+#include "work_list.h"
 
 using namespace machmoe;
 using bf16 = __nv_bfloat16;
@@ -113,26 +113,20 @@ struct Problem {
       }
       if (!rows) std::sort(token.begin() + offsets[e], token.begin() + offsets[e + 1]);
     }
-    words.assign(cuda::work_bytes(s.R_cap, E) / 4, -1);
-    const cuda::WorkList list = cuda::work_list(words.data());
-    *list.header = {0, static_cast<int>(R)};
-    for (const int odd : {0, 1})
-      for (int e = 0; e < E; e++) {
-        if ((offsets[e + 1] - offsets[e] + cuda::kTileRows - 1) / cuda::kTileRows % 2 != odd) continue;
-        for (int row = offsets[e]; row < offsets[e + 1]; row += cuda::kTileRows) list.tiles[list.header->tiles++] = {e, row, offsets[e + 1]};
-      }
+    words = test::work_list_of(offsets, s.R_cap);
     return true;
   }
   bool routed = route();  // before the memory, whose sizes come from it
   struct Memory {
-    Buffer<int> token, expert, tiles, turns;
+    Buffer<int> token, expert, tiles;
+    Buffer<uint32_t> turns;
     Buffer<float> score;
     Buffer<bf16> x, w1, b1, w2, b2, h, a, y, a_in;
     explicit Memory(const Problem& p)
         : token(p.token),
           expert(p.expert),
           tiles(p.words),
-          turns(std::vector<int>{0}),
+          turns(std::vector<uint32_t>{0}),
           score(p.scores),
           x(p.s.T * p.s.d),
           w1(p.E * p.planes * p.s.n * p.s.d),

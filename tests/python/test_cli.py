@@ -141,19 +141,8 @@ def test_rounded_routing_needs_machmoe(capsys):
 
 
 def test_routing_patterns_take_turns_on_the_same_data(tmp_path):
-    words = [
-        "--thiek",
-        "256,32,16,4,2",
-        "--budget-ms",
-        "1",
-        "--routing",
-        "balanced,rounded",
-        "--contestants",
-        "machmoe,grouped_mm",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main(["bench", *words]) == 0
+    words = ["--thiek", "256,32,16,4,2", "--budget-ms", "1", "--routing", "balanced,rounded", "--contestants", "machmoe,grouped_mm"]
+    assert main(["bench", *words, "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert [record["contestant"] for record in records] == ["machmoe, balanced", "grouped_mm, balanced", "machmoe, rounded"]
     assert [record["routing"] for record in records] == ["balanced", "balanced", "rounded"]
