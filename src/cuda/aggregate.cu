@@ -1,6 +1,4 @@
-// O and dX: every token gathers its rows and adds them in slot order. One block a token, 16 bytes a thread; dS rides along.
-#include <cuda_fp16.h>
-
+// O and dX: every token gathers its rows and adds them in slot order. One block a token, 16 bytes a thread; dS rides along, shared out among all threads.
 #include <algorithm>
 
 #include "cuda/kernels.h"
@@ -13,34 +11,14 @@ namespace {
 
 struct AggregateParams {
   Routing routing;
-  int64_t T, d, E, R_cap;
-  int K;
-  bool topk, weighted;
+  int64_t T, E;
+  int d, K;
+  bool topk;
   const bf16 *y, *addend, *b2;
   int64_t b2_stride, b2_expert_stride;
   bf16* out;
-  const float* ds_parts;
-  int64_t parts;
-  void* dscore;  // null: no score gradient
-  DType dscore_dtype;
+  ScoreGradParams score_grad;
 };
-
-__device__ void store_score(const AggregateParams& p, int64_t i, float v) {
-  if (p.dscore_dtype == DType::BF16) static_cast<__nv_bfloat16*>(p.dscore)[i] = __float2bfloat16(v);
-  else if (p.dscore_dtype == DType::F16) static_cast<__half*>(p.dscore)[i] = __float2half(v);
-  else static_cast<float*>(p.dscore)[i] = v;
-}
-
-// dS of this token's slots: TopK in slot order, Lists in row order; the rows past R are shared out among the tokens.
-__device__ void write_scores(const AggregateParams& p, int64_t t, int begin, int end) {
-  for (int slot = begin + static_cast<int>(threadIdx.x); slot < end; slot += blockDim.x) {
-    const int row = p.routing.inverse[slot];
-    if (p.topk) store_score(p, slot, row < 0 ? 0.f : score_gradient(p.ds_parts, p.parts, p.R_cap, row));
-    else store_score(p, row, score_gradient(p.ds_parts, p.parts, p.R_cap, row));
-  }
-  if (p.topk) return;
-  for (int64_t row = p.routing.token_offsets[p.T] + t * blockDim.x + threadIdx.x; row < p.R_cap; row += p.T * blockDim.x) store_score(p, row, 0.f);
-}
 
 __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
   int64_t low = 0, high = E;
@@ -52,29 +30,32 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
   return static_cast<int>(low);
 }
 
-template <bool kWeighted, bool kBias>
-__global__ void __launch_bounds__(256) aggregate_kernel(const __grid_constant__ AggregateParams p) {
-  constexpr int kUnroll = 4;  // rows in flight per thread
+// kRows: rows in flight per thread; fewer leave registers for more blocks.
+template <bool kWeighted, bool kBias, int kRows>
+__global__ void __launch_bounds__(256, kRows == 2 ? 8
+                                       : kBias    ? 4
+                                                  : 5) aggregate_kernel(const __grid_constant__ AggregateParams p) {
   const int64_t t = blockIdx.x;
+  if (!kWeighted && p.score_grad.dscore) p.score_grad.write(t * blockDim.x + threadIdx.x, p.T * blockDim.x);
   const int begin = p.topk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = p.topk ? begin + p.K : p.routing.token_offsets[t + 1];
   const auto* score = static_cast<const float*>(p.routing.score);
-  for (int64_t column = threadIdx.x * 8; column < p.d; column += blockDim.x * 8) {
+  for (int column = static_cast<int>(threadIdx.x) * 8; column < p.d; column += static_cast<int>(blockDim.x) * 8) {
     float sum[8] = {};
     if (p.addend) Vec8::load(p.addend + t * p.d + column).to(sum);
-    for (int slot = begin; slot < end; slot += kUnroll) {
-      int row[kUnroll];
-      Vec8 y[kUnroll];
-      float s[kUnroll];
+    for (int slot = begin; slot < end; slot += kRows) {
+      int row[kRows];
+      Vec8 y[kRows];
+      float s[kRows];
 #pragma unroll
-      for (int i = 0; i < kUnroll; i++) row[i] = slot + i < end ? p.routing.inverse[slot + i] : -1;
+      for (int i = 0; i < kRows; i++) row[i] = slot + i < end ? p.routing.inverse[slot + i] : -1;
 #pragma unroll
-      for (int i = 0; i < kUnroll; i++) {
+      for (int i = 0; i < kRows; i++) {
         if (row[i] < 0) continue;
         y[i] = Vec8::load(p.y + int64_t{row[i]} * p.d + column);
         s[i] = kWeighted ? score[row[i]] : 1.f;
       }
 #pragma unroll
-      for (int i = 0; i < kUnroll; i++) {
+      for (int i = 0; i < kRows; i++) {
         if (row[i] < 0) continue;
         float v[8];
         y[i].to(v);
@@ -89,7 +70,6 @@ __global__ void __launch_bounds__(256) aggregate_kernel(const __grid_constant__ 
     }
     Vec8::from(sum).store(p.out + t * p.d + column);
   }
-  if (p.dscore) write_scores(p, t, begin, end);
 }
 
 }  // namespace
@@ -102,27 +82,25 @@ void aggregate(const AggregateArgs& a, Stream stream) {
   }
   const AggregateParams p{a.routing,
                           s.T,
-                          s.d,
                           s.E,
-                          s.R_cap,
+                          static_cast<int>(s.d),
                           static_cast<int>(s.K),
                           s.kind == RoutingKind::TopK,
-                          a.weighted,
                           static_cast<const bf16*>(a.y),
                           static_cast<const bf16*>(a.addend),
                           static_cast<const bf16*>(a.b2.base),
                           a.b2.stride,
                           a.b2.expert_stride,
                           static_cast<bf16*>(a.out),
-                          static_cast<const float*>(a.score_grad.ds_parts),
-                          a.score_grad.parts,
-                          a.score_grad.dscore,
-                          a.score_grad.dscore_dtype};
+                          ScoreGradParams(a.score_grad)};
   const auto blocks = static_cast<unsigned>(s.T);
-  const auto threads = static_cast<unsigned>(std::min<int64_t>(256, (s.d / 8 + 31) / 32 * 32));
-  if (a.weighted && a.b2.base) aggregate_kernel<true, true><<<blocks, threads, 0, stream_of(stream)>>>(p);
-  else if (a.weighted) aggregate_kernel<true, false><<<blocks, threads, 0, stream_of(stream)>>>(p);
-  else aggregate_kernel<false, false><<<blocks, threads, 0, stream_of(stream)>>>(p);
+  const int64_t vectors = s.d / 8, turns = (vectors + 255) / 256;  // of a block of at most 256 threads over its columns
+  const auto threads = static_cast<unsigned>((vectors + 32 * turns - 1) / (32 * turns) * 32);
+  const auto launch = [&](auto kernel) { kernel<<<blocks, threads, 0, stream_of(stream)>>>(p); };
+  const bool few = p.topk && s.K <= 2;
+  if (a.weighted && a.b2.base) launch(aggregate_kernel<true, true, 4>);
+  else if (a.weighted) launch(few ? aggregate_kernel<true, false, 2> : aggregate_kernel<true, false, 4>);
+  else launch(few ? aggregate_kernel<false, false, 2> : aggregate_kernel<false, false, 4>);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
