@@ -38,10 +38,14 @@ struct Ring {
     const int4 t = load_shared(tile(s));
     return {t.x >> 1, t.y, t.z, t.w, (t.x & 1) != 0};
   }
-  // By every lane of a consumer warp: done with the stage, told to both CTAs.
-  DEV void release(int s) const {
+  // Whom a lane of a consumer warp tells that a stage is free: empty[0] of CTA `lane` of the cluster, 0 for no one.
+  DEV uint32_t peer() const {
     const int lane = lane_id();
-    if (lane < 2) mbar_arrive_remote(empty(s), lane);
+    return lane < 2 ? cluster_address(empty(0), lane) : 0;
+  }
+  // By every lane of a consumer warp: done with the stage, told to both CTAs.
+  DEV void release(int s, uint32_t peer) const {
+    if (peer) mbar_arrive_cluster(peer + 8 * s);
   }
 };
 

@@ -1,29 +1,31 @@
 // Consumers: the two warpgroups multiply the tiles of their CTA and send them through the epilogue.
 #pragma once
 #include <type_traits>
-#include <utility>
 
 #include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 
 namespace machmoe::cuda::hopper {
 
-// Calls f with the width to multiply by: that of the tile, or the narrowest of 64, 128, 192 and kColumns that covers its last columns.
+// Calls f with the width to multiply by: kColumns, or of a narrow tile the narrowest of 64, 128, 192 that covers its columns; without columns not at all.
+// The usual width comes first: every k block passes here.
 template <int kColumns, bool kNarrow, class F>
 DEV void with_width(int columns, F&& f) {
+  if (columns > (kNarrow ? 192 : 0)) return f(std::integral_constant<int, kColumns>());
   if constexpr (kNarrow) {
-    if (columns <= 64) return f(std::integral_constant<int, 64>());
-    if (columns <= 128) return f(std::integral_constant<int, 128>());
-    if (columns <= 192) return f(std::integral_constant<int, 192>());
+    if (columns > 128) return f(std::integral_constant<int, 192>());
+    if (columns > 64) return f(std::integral_constant<int, 128>());
+    if (columns > 0) f(std::integral_constant<int, 64>());
   }
-  f(std::integral_constant<int, kColumns>());
 }
 
-// f(0), f(1), ... f(N - 1), as constants.
-template <int N, class F>
-DEV void each(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>()), ...); }
-  (std::make_integer_sequence<int, N>());
+// f(i) with a constant i of kBegin .. kEnd - 1, found by bisection.
+template <int kBegin, int kEnd, class F>
+DEV void with_constant(int i, F&& f) {
+  constexpr int kMiddle = (kBegin + kEnd) / 2;
+  if constexpr (kEnd - kBegin == 1) f(std::integral_constant<int, kBegin>());
+  else if (i < kMiddle) with_constant<kBegin, kMiddle>(i, f);
+  else with_constant<kMiddle, kEnd>(i, f);
 }
 
 // Both warpgroups share a tile, 64 rows each. A finished tile is held as packed bf16 and goes through its epilogue in kChunks pieces, each beside
@@ -38,6 +40,7 @@ struct Held {
     constexpr int kChunks = Epilogue::kChunks;
     float acc[kColumns / 2];
     uint32_t held[kColumns / 4];
+    const uint32_t peer = ring.peer();
     Slot<R> slot;
     int blocks = uniform(more) ? k_blocks : 0, done;  // of the tile to multiply; the last round, of none, only empties what is held
     do {
@@ -46,8 +49,8 @@ struct Held {
         mbar_wait(ring.full(slot.stage), slot.phase);
         t = ring.posted(slot.stage);
       }
-      const int columns = epilogue.columns(t);
       const bool any = t.row + w * 64 < t.row_end;
+      const int columns = any ? epilogue.columns(t) : 0;
       epilogue.begin(t, t.row + w * 64 + warp * 16);
       int chunk = 0, due = -blocks;  // chunk c is due once k / blocks >= (c + 1) / (kChunks + 1)
 #pragma unroll 1
@@ -55,25 +58,22 @@ struct Held {
         if (k < blocks) {
           mbar_wait(ring.full(slot.stage), slot.phase);
           if constexpr (kGathered) fence_proxy_async();  // cp.async writes through the generic proxy
-          with_width<kColumns, Epilogue::kNarrow>(columns, [&](auto width) {
-            if (any) multiply<width, false, kPanels>(acc, ring.a(slot.stage) + w * 8192, ring.b(slot.stage), k > 0);
-          });
+          with_width<kColumns, Epilogue::kNarrow>(
+              columns, [&](auto width) { multiply<width, false, kPanels>(acc, ring.a(slot.stage) + w * 8192, ring.b(slot.stage), k > 0); });
           wgmma_wait<1>();
-          if (k > 0) ring.release(slot.previous());
+          if (k > 0) ring.release(slot.previous(), peer);
           slot.advance();
           due += kChunks + 1;
         }
         epilogue.refill();
         if (chunk < kChunks && due >= 0) {
-          each<kChunks>([&](auto c) {
-            if (chunk == c) epilogue.chunk(c, held);
-          });
+          with_constant<0, kChunks>(chunk, [&](auto c) { epilogue.chunk(c, held); });
           chunk++;
           due -= blocks;
         }
       }
       wgmma_wait<0>();
-      if (blocks > 0) ring.release(slot.previous());
+      if (blocks > 0) ring.release(slot.previous(), peer);
       done = blocks;
       blocks = uniform(epilogue.complete(acc)) ? k_blocks : 0;
 #pragma unroll

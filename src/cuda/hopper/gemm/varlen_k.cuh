@@ -247,6 +247,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     constexpr int kHalf = kBuffers * Store::kFragment;
     [[maybe_unused]] uint32_t packed[kHeld ? 64 : 1];
     OutputBlock held{};
+    const uint32_t peer = ring.peer();
     Slot<R> slot;
     float acc[128];
     RowRange rows = rows_of(at.expert);
@@ -269,11 +270,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
           if (k == 1) store(held, 2, packed + kHalf);
         }
         wgmma_wait<1>();
-        if (k > 0) ring.release(slot.previous());
+        if (k > 0) ring.release(slot.previous(), peer);
         slot.advance();
       }
       wgmma_wait<0>();
-      if (blocks > 0) ring.release(slot.previous());
+      if (blocks > 0) ring.release(slot.previous(), peer);
       const bool written = any && (blocks > 0 || !p.accumulate);
       const OutputBlock block{at.expert, at.group, panels.first, written ? panels.count * 64 : 0};
       if constexpr (kHeld) {

@@ -10,15 +10,15 @@ DEV void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;"
 DEV void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Arrives on the same barrier of CTA `cta` of this cluster, own rank allowed. The default semantics on purpose: spelling out .release.cluster
-// makes every arrival a fence of the whole cluster and cost 35 to 60 % of a GEMM.
-DEV void mbar_arrive_remote(uint32_t bar, uint32_t cta) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
-      "r"(cta)
-      : "memory");
+// The shared::cluster address of the same variable in CTA `cta` of this cluster, own rank allowed.
+DEV uint32_t cluster_address(uint32_t addr, uint32_t cta) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(addr), "r"(cta));
+  return remote;
 }
+// Arrives on a barrier at a cluster_address. The default semantics on purpose: spelling out .release.cluster makes every arrival a fence of the whole
+// cluster and cost 35 to 60 % of a GEMM.
+DEV void mbar_arrive_cluster(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory"); }
 // Waits until the phase of this parity has completed. Ambiguous by two phases: callers stay within one phase of the barrier.
 DEV void mbar_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
