@@ -48,15 +48,16 @@ struct ExpertScan {
   __device__ ExpertScan(int* memory, int E) : rows(memory), tiles(rows + (E + 1)), even(tiles + (E + 1)) {}
 
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles.
-  template <class Count>
+  template <int kThreads = kIndexThreads, class Count>
   __device__ void run(int E, int64_t R_cap, Count count) {
-    const int first = static_cast<int>(threadIdx.x) * kItems, limit = static_cast<int>(R_cap);
-    int number[kItems];
-    for (int i = 0; i < kItems; i++) number[i] = first + i < E ? count(first + i) : 0;
+    constexpr int kOwn = kMaxExperts / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * kOwn, limit = static_cast<int>(R_cap);
+    int number[kOwn];
+    for (int i = 0; i < kOwn; i++) number[i] = first + i < E ? count(first + i) : 0;
     int own = 0, total;
-    for (int i = 0; i < kItems; i++) own += number[i];
+    for (int i = 0; i < kOwn; i++) own += number[i];
     int before = exclusive_sum(own, total);
-    for (int i = 0; i < kItems; i++) {
+    for (int i = 0; i < kOwn; i++) {
       const int here = min(before, limit);
       if (first + i < E) rows[first + i] = here;
       before += number[i];
@@ -67,9 +68,9 @@ struct ExpertScan {
       return static_cast<uint64_t>(count % 2 == 0 ? count : 0) << 32 | static_cast<unsigned>(count);
     };
     uint64_t both = 0, all;
-    for (int i = 0; i < kItems; i++) both += tiles_of(number[i]);
+    for (int i = 0; i < kOwn; i++) both += tiles_of(number[i]);
     both = exclusive_sum(both, all);
-    for (int i = 0; i < kItems; i++) {
+    for (int i = 0; i < kOwn; i++) {
       if (first + i < E) tiles[first + i] = static_cast<int>(both), even[first + i] = static_cast<int>(both >> 32);
       both += tiles_of(number[i]);
     }
@@ -92,8 +93,9 @@ __device__ inline int expert_of(const int* before, int E, int i) {
 }
 
 // One block's share of counts (unless null), offsets and the work list.
-__device__ inline void write_work(const ExpertScan& scan, int E, int block, int blocks, int* counts, int* offsets, const WorkList& work) {
-  const int first = block * kIndexThreads + static_cast<int>(threadIdx.x), step = blocks * kIndexThreads;
+template <int kThreads = kIndexThreads>
+__device__ void write_work(const ExpertScan& scan, int E, int block, int blocks, int* counts, int* offsets, const WorkList& work) {
+  const int first = block * kThreads + static_cast<int>(threadIdx.x), step = blocks * kThreads;
   for (int e = first; e <= E; e += step) {
     offsets[e] = scan.rows[e];
     if (counts && e < E) counts[e] = scan.rows[e + 1] - scan.rows[e];

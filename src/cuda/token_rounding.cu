@@ -1,12 +1,10 @@
 // Token rounding (arXiv 2512.14080, section 5, Algorithm 4) without a sort: every expert finds the key of its last kept token digit by digit.
 //   mark    top-K of each token; keys of all pairs, transposed to [E][T]
-//   select  f, target and the threshold of each expert                                (Balance-f: targets by two small kernels before)
-//   member  by token: which experts keep it, as bits of both, its slots among those of its block, and the sum of its kept scores
-//   rows    by expert: its kept tokens in ascending order, their scores and places in the inverse map; offsets and the work list
+//   select  f, target and threshold of each expert, which tokens it keeps             (Balance-f: targets by two small kernels before)
+//   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets and the work list
 // A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
 // ones the lower token.
 #include <algorithm>
-#include <bit>
 
 #include "core/token_rounding.h"
 #include "core/workspace.h"
@@ -18,8 +16,7 @@ namespace machmoe::cuda {
 namespace {
 
 constexpr uint32_t kChosen = 1u << 30;
-constexpr int kMaxScoredTile = 2048;   // NrS sorts one tile of scores in shared memory
-constexpr int kMaxTokenBlocks = 4096;  // whose sums each expert scans in shared memory
+constexpr int kMaxScoredTile = 2048;  // NrS sorts one tile of scores in shared memory
 
 struct Params {
   int64_t T, R_cap;
@@ -32,20 +29,12 @@ struct Params {
   const float* scores;  // [T, E]
   Routing out;
   WorkList work;
-  uint32_t* keys;     // [E][pitch], 0 past T
-  int* topk_count;    // [E] for Balance-f
-  uint2* threshold;   // [E] smallest kept key, and the last token of exactly that key that is kept
-  uint32_t* members;  // [E][pitch / 32] bit t % 32: expert e keeps token t
-  uint2* slots;       // [(E + 31) / 32][T] bit e % 32: token t keeps expert e; and the first slot of these, counted from that of the token's block
-  float* sums;        // [T] of a token's kept scores, where they are renormalised
-  int* slot_sums;     // [token blocks] slots of a block
-  int token_shift;    // log2 of the tokens of a block
+  uint32_t* keys;   // [E][pitch], 0 past T
+  int* topk_count;  // [E] for Balance-f
+  uint2* members;   // [E][pitch / 32] bit t % 32: expert e keeps token t; and how many it keeps of the words before
 };
 
 __device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
-__device__ inline bool kept(uint32_t key, int t, uint2 threshold) {
-  return key > threshold.x || (key >= threshold.x && t <= static_cast<int>(threshold.y));
-}
 
 // ---- mark ----------------------------------------------------------------------------------------------------------------------
 constexpr int kMarkWarps = 16;
@@ -195,6 +184,26 @@ class ExpertKeys {
     }
     return token;
   }
+  // The tokens with larger keys, and those of exactly this key up to the last one.
+  __device__ void write_members(uint32_t key, int last_token, uint2* members) const {
+    __shared__ uint32_t kept[kIndexThreads];
+    const int lane = threadIdx.x % 32, words = static_cast<int>(pitch_ / 32);
+    for (int base = 0, before = 0; base < words; base += kIndexThreads) {
+#pragma unroll 8
+      for (int i = threadIdx.x / 32; i < min(words - base, kIndexThreads); i += kIndexThreads / 32) {
+        const int t = (base + i) * 32 + lane;
+        const uint32_t own = keys_[t], all = __ballot_sync(kAllLanes, own > key || (own == key && t <= last_token));
+        if (lane == 0) kept[i] = all;
+      }
+      __syncthreads();
+      const int word = base + static_cast<int>(threadIdx.x);
+      const uint32_t mask = word < words ? kept[threadIdx.x] : 0;
+      int total;
+      const int earlier = before + exclusive_sum(__popc(mask), total);
+      if (word < words) members[word] = {mask, static_cast<unsigned>(earlier)};
+      before += total;
+    }
+  }
 
  private:
   int64_t pitch_;
@@ -289,147 +298,119 @@ __global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_c
     if (target > 0) last = keys.ranked(target);
   }
   const int last_token = last.kept < last.same ? keys.token_of(last.key, last.kept) : INT_MAX;
-  if (threadIdx.x == 0) {
-    p.threshold[e] = {last.key, static_cast<unsigned>(last_token)};
-    p.out.counts[e] = target;
-  }
+  keys.write_members(last.key, last_token, p.members + e * (p.pitch / 32));
+  if (threadIdx.x == 0) p.out.counts[e] = target;
 }
 
-// ---- member --------------------------------------------------------------------------------------------------------------------
-constexpr int kMemberThreads = 256;
+// ---- rows ----------------------------------------------------------------------------------------------------------------------
+constexpr int kRowsThreads = 256;  // of 32 tokens
 
-// The tokens of a turn: a warp looks at 32 tokens and 32 experts at a time, and where there are few experts the warps share out the tokens.
-int member_tokens(int64_t E) { return E <= 32 ? 256 : E <= 64 ? 128 : E <= 128 ? 64 : 32; }
+// A 32 x 32 matrix of bits over its diagonal, a row in each lane.
+__device__ inline uint32_t transposed(uint32_t row, int lane) {
+#pragma unroll
+  for (int i = 16, low = 0xffff; i > 0; i /= 2, low ^= low << i) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, row, i);
+    row = lane & i ? (row & ~low) | (other >> i & low) : (row & low) | (other << i & ~low);
+  }
+  return row;
+}
 
-__global__ void __launch_bounds__(kMemberThreads) member_kernel(const __grid_constant__ Params p, int tokens) {
-  constexpr int kLoads = 16;
-  const int words = (p.E + 31) / 32, at_once = kMemberThreads / tokens;
-  auto* threshold = reinterpret_cast<uint2*>(shared_memory);     // [32 words]
-  uint32_t* bits = shared_memory + 64 * words;                   // [words][tokens]
-  auto* sums = reinterpret_cast<float*>(bits + words * tokens);  // the same, of the kept scores
-  for (int e = threadIdx.x; e < 32 * words; e += kMemberThreads) threshold[e] = e < p.E ? p.threshold[e] : uint2{~0u, 0};
+struct RowsMemory {
+  int words, pitch;  // of 32 experts; odd
+  uint2* place;      // [32 words] which of the tokens the expert keeps, and the row of the first of them
+  uint32_t* bits;    // [32][pitch] which of 32 experts the token keeps,
+  int* slot;         // the slot of the first of these, counted from that of the block,
+  float* sum;        // and the sum of their scores
+  __device__ explicit RowsMemory(int E)
+      : words((E + 31) / 32),
+        pitch(words | 1),
+        place(reinterpret_cast<uint2*>(shared_memory)),
+        bits(shared_memory + 64 * words),
+        slot(reinterpret_cast<int*>(bits + 32 * pitch)),
+        sum(reinterpret_cast<float*>(slot + 32 * pitch)) {}
+  static size_t bytes(int64_t E) {  // ExpertScan takes less
+    const int64_t words = (E + 31) / 32;
+    return sizeof(uint32_t) * static_cast<size_t>(64 * words + 96 * (words | 1));
+  }
+};
+
+__global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_constant__ Params p) {
+  if (blockIdx.x < kWorkBlocks) {
+    ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
+    scan.run<kRowsThreads>(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
+    write_work<kRowsThreads>(scan, p.E, blockIdx.x, kWorkBlocks, nullptr, p.out.offsets, p.work);
+    return;
+  }
+  const int block = static_cast<int>(blockIdx.x) - kWorkBlocks, token_words = static_cast<int>(p.pitch / 32);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const RowsMemory m(p.E);
+
+  int64_t rows = 0;  // of the experts so far, and below of these the ones of earlier tokens
+  for (int base = 0; base < p.E; base += kRowsThreads) {
+    const int e = base + static_cast<int>(threadIdx.x);
+    const uint2 member = e < p.E && block < token_words ? p.members[int64_t{e} * token_words + block] : uint2{};
+    int64_t total;
+    const int64_t before = rows + exclusive_sum(int64_t{e < p.E ? p.out.counts[e] : 0} << 32 | member.y, total);
+    rows += total;
+    if (e < 32 * m.words) {
+      m.place[e] = {member.x, static_cast<unsigned>(before >> 32) + member.y};
+      m.bits[lane * m.pitch + e / 32] = transposed(member.x, lane);
+    }
+  }
+  const int R = static_cast<int>(rows >> 32), first_slot = static_cast<int>(rows);
   __syncthreads();
-  const int lane = threadIdx.x % 32, column = threadIdx.x / 32 / at_once * 32 + lane;
-  const int64_t begin = int64_t{blockIdx.x} << p.token_shift, end = min(begin + (int64_t{1} << p.token_shift), p.T);
-  int slot = 0;
-  for (int64_t base = begin; base < end; base += tokens) {
-    const int64_t t = base + column;
-    for (int word = threadIdx.x / 32 % at_once; word < words; word += at_once) {
-      const uint32_t* keys = p.keys + word * 32 * p.pitch + t;
-      const int experts = t < p.T ? p.E - word * 32 : 0;
-      uint32_t mask = 0, member = 0;
+
+  if (p.renormalize)
+    for (int word = warp; word < m.words; word += kRowsThreads / 32) {
+      constexpr int kLoads = 8;
+      const uint32_t mask = m.bits[lane * m.pitch + word], *keys = p.keys + int64_t{word} * 32 * p.pitch + int64_t{block} * 32 + lane;
       float sum = 0.f;
 #pragma unroll 1
       for (int part = 0; part < 32; part += kLoads) {
         uint32_t key[kLoads];
 #pragma unroll
-        for (int j = 0; j < kLoads; j++, keys += p.pitch) key[j] = part + j < experts ? *keys : 0u;
+        for (int j = 0; j < kLoads; j++, keys += p.pitch) key[j] = mask >> (part + j) & 1 ? *keys : 0u;
 #pragma unroll
-        for (int j = 0; j < kLoads; j++) {
-          const bool keeps = t < p.T && kept(key[j], static_cast<int>(t), threshold[word * 32 + part + j]);
-          const uint32_t all = __ballot_sync(kAllLanes, keeps);
-          if (keeps) mask |= 1u << (part + j);
-          if (lane == part + j) member = all;
-          sum += keeps ? score_of(key[j]) : 0.f;
-        }
+        for (int j = 0; j < kLoads; j++) sum += score_of(key[j]);
       }
-      bits[word * tokens + column] = mask;
-      sums[word * tokens + column] = sum;
-      if (word * 32 + lane < p.E && t - lane < p.T) p.members[(word * 32 + lane) * (p.pitch / 32) + t / 32] = member;
+      m.sum[lane * m.pitch + word] = sum;
     }
-    __syncthreads();
-    const int64_t own_token = base + threadIdx.x;
-    int own = 0, total;
-    float sum = 0.f;
-    if (threadIdx.x < tokens)
-      for (int word = 0; word < words; word++) {
-        own += __popc(bits[word * tokens + threadIdx.x]);
-        sum += sums[word * tokens + threadIdx.x];
-      }
-    if (p.renormalize && threadIdx.x < tokens && own_token < p.T) p.sums[own_token] = sum;
-    const int before = exclusive_sum(own, total);
-    if (threadIdx.x < tokens && own_token < p.T)
-      for (int word = 0, next = slot + before; word < words; word++) {
-        const uint32_t mask = bits[word * tokens + threadIdx.x];
-        p.slots[word * p.T + own_token] = {mask, static_cast<unsigned>(next)};
-        next += __popc(mask);
-      }
-    slot += total;
-    __syncthreads();
+  __shared__ int first_of_token[32], slots_of_block;
+  if (warp == 0) {
+    int own = 0;
+    for (int word = 0; word < m.words; word++) own += __popc(m.bits[lane * m.pitch + word]);
+    const int end = warp_inclusive_sum(own);
+    if (lane == 31) slots_of_block = end;
+    int slot = first_of_token[lane] = end - own;
+    const int64_t t = int64_t{block} * 32 + lane;
+    if (t < p.T) p.out.token_offsets[t] = first_slot + slot;
+    for (int word = 0; word < m.words; word++) {
+      m.slot[lane * m.pitch + word] = slot;
+      slot += __popc(m.bits[lane * m.pitch + word]);
+    }
   }
-  if (threadIdx.x == 0) p.slot_sums[blockIdx.x] = slot;
-}
-
-// ---- rows ----------------------------------------------------------------------------------------------------------------------
-constexpr int kChunk = 32 * kIndexThreads;  // tokens at a time
-
-struct RowsMemory {
-  int* first_slot;  // [kMaxTokenBlocks]
-  uint16_t* token;  // [kChunk] kept ones, in the chunk
-  __device__ RowsMemory() : first_slot(reinterpret_cast<int*>(shared_memory)), token(reinterpret_cast<uint16_t*>(shared_memory + kMaxTokenBlocks)) {}
-  static size_t bytes(int64_t E) { return std::max<size_t>(4 * kMaxTokenBlocks + 2 * kChunk, 4 * static_cast<size_t>(ExpertScan::ints(E))); }
-};
-
-__global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_constant__ Params p) {
-  if (blockIdx.x < kWorkBlocks) {
-    ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
-    scan.run(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
-    write_work(scan, p.E, blockIdx.x, kWorkBlocks, nullptr, p.out.offsets, p.work);
-    return;
-  }
-  const RowsMemory m;
-  const int e = static_cast<int>(blockIdx.x) - kWorkBlocks, words = static_cast<int>(p.pitch / 32);
-  const uint32_t *members = p.members + int64_t{e} * words, *keys = p.keys + e * p.pitch;
-  const auto member = [&](int word) { return word < words ? members[word] : 0u; };
-  uint32_t mask = member(threadIdx.x);
-
-  int lower = 0, all = 0;
-  for (int i = threadIdx.x; i < p.E; i += kIndexThreads) {
-    const int count = p.out.counts[i];
-    all += count;
-    lower += i < e ? count : 0;
-  }
-  int64_t rows;  // of the lower experts, and below of all
-  exclusive_sum(int64_t{lower} << 32 | all, rows);
-  int row_begin = static_cast<int>(rows >> 32);
-  const int R = static_cast<int>(rows), token_blocks = static_cast<int>((p.T + (int64_t{1} << p.token_shift) - 1) >> p.token_shift);
-  constexpr int kSums = kMaxTokenBlocks / kIndexThreads;
-  int sums[kSums], own = 0, slots;
-#pragma unroll
-  for (int i = 0; i < kSums; i++) {
-    const int block = static_cast<int>(threadIdx.x) * kSums + i;
-    own += sums[i] = block < token_blocks ? p.slot_sums[block] : 0;
-  }
-  int slot = exclusive_sum(own, slots);
-#pragma unroll
-  for (int i = 0; i < kSums; i++) {
-    m.first_slot[threadIdx.x * kSums + i] = slot;
-    slot += sums[i];
-  }
+  __syncthreads();
 
   auto* score = static_cast<float*>(p.out.score);
-  for (int base = 0; base < words; base += kIndexThreads) {
-    int total, at = exclusive_sum(__popc(mask), total);
-    for (; mask; mask &= mask - 1) m.token[at++] = static_cast<uint16_t>(threadIdx.x * 32 + __ffs(mask) - 1);
-    mask = member(base + kIndexThreads + static_cast<int>(threadIdx.x));
-    __syncthreads();
-    for (int i = threadIdx.x; i < total; i += kIndexThreads) {
-      const int row = row_begin + i;
-      const int64_t t = int64_t{base} * 32 + m.token[i];
-      const uint2 own = p.slots[e / 32 * p.T + t];
-      float value = score_of(keys[t]);
-      if (p.renormalize)
-        if (const float sum = p.sums[t]; sum > 0.f) value /= sum;
-      p.out.inverse[m.first_slot[t >> p.token_shift] + static_cast<int>(own.y) + __popc(own.x & ((1u << e % 32) - 1))] = row;
-      p.out.token[row] = static_cast<int>(t);
-      p.out.expert[row] = e;
-      score[row] = value;
-    }
-    row_begin += total;
+  for (int slot = static_cast<int>(threadIdx.x); slot < slots_of_block; slot += kRowsThreads) {
+    const int column = expert_of(first_of_token, 32, slot), word = expert_of(m.slot + column * m.pitch, m.words, slot);
+    const int at = column * m.pitch + word;
+    uint32_t mask = m.bits[at];
+    for (int i = m.slot[at]; i < slot; i++) mask &= mask - 1;
+    const int e = word * 32 + __ffs(mask) - 1, t = block * 32 + column;
+    const uint2 place = m.place[e];
+    const int row = static_cast<int>(place.y) + __popc(place.x & ((1u << column) - 1));
+    float value = score_of(p.keys[e * p.pitch + t]), sum = 0.f;
+    if (p.renormalize)
+      for (int i = 0; i < m.words; i++) sum += m.sum[column * m.pitch + i];
+    if (sum > 0.f) value /= sum;
+    p.out.inverse[first_slot + slot] = row;
+    p.out.token[row] = t;
+    p.out.expert[row] = e;
+    score[row] = value;
   }
 
-  const int64_t thread = int64_t{e} * kIndexThreads + threadIdx.x, threads = int64_t{p.E} * kIndexThreads;
-  for (int64_t t = thread; t < p.T; t += threads) p.out.token_offsets[t] = m.first_slot[t >> p.token_shift] + static_cast<int>(p.slots[t].y);
+  const int64_t thread = int64_t{block} * kRowsThreads + threadIdx.x, threads = int64_t{gridDim.x - kWorkBlocks} * kRowsThreads;
   if (thread == 0) p.out.token_offsets[p.T] = R;
   for (int64_t row = R + thread; row < p.R_cap; row += threads) {
     clear_row(p.out, row);
@@ -439,27 +420,22 @@ __global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(const __grid_con
 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
 struct Scratch {
-  uint32_t *keys, *members;
-  int *topk_count, *slot_sums;
-  uint2 *threshold, *slots;
-  float* sums;
+  uint32_t* keys;
+  uint2* members;
+  int* topk_count;
 };
 int64_t pitch_of(int64_t T) { return (T + 31) / 32 * 32; }
 Scratch book(const Shape& s, Workspace& ws) {
   Scratch b{};
   b.keys = ws.take<uint32_t>(pitch_of(s.T) * s.E);
-  b.members = ws.take<uint32_t>(pitch_of(s.T) / 32 * s.E);
+  b.members = ws.take<uint2>(pitch_of(s.T) / 32 * s.E);
   b.topk_count = ws.take<int>(s.E);
-  b.slot_sums = ws.take<int>(kMaxTokenBlocks);
-  b.threshold = ws.take<uint2>(s.E);
-  b.slots = ws.take<uint2>((s.E + 31) / 32 * s.T);
-  b.sums = ws.take<float>(s.T);
   return b;
 }
 
 template <class... Args>
 void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, cudaStream_t stream, Args... args) {
-  if (smem > 24 * 1024)  // with the static part, at most 21 KB here, that may be more than 48 KB
+  if (smem > 23 * 1024)  // with the static part, at most 25 KB here, that may be more than 48 KB
     allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(smem));
   kernel<<<static_cast<unsigned>(blocks), threads, smem, stream>>>(args...);
 }
@@ -492,9 +468,6 @@ void token_round(const TokenRoundArgs& a, Stream on) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const cudaStream_t stream = stream_of(on);
-  const int tokens = member_tokens(s.E);
-  int shift = std::countr_zero(static_cast<unsigned>(tokens));
-  while ((s.T - 1) >> shift >= kMaxTokenBlocks) shift++;
   const Params p{s.T,
                  s.R_cap,
                  pitch_of(s.T),
@@ -510,23 +483,14 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  work_list(a.out.tiles),
                  b.keys,
                  b.topk_count,
-                 b.threshold,
-                 b.members,
-                 b.slots,
-                 b.sums,
-                 b.slot_sums,
-                 shift};
+                 b.members};
   if (s.T > 0) launch_mark(p, stream);
   if (p.rounding && a.rule == RoundingRule::BalanceF) {
     launch(count_kernel, s.E, kIndexThreads, 0, stream, p);
     launch(balance_kernel, 1, 256, 0, stream, p);
   }
   launch(select_kernel, s.E, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
-  const auto words = static_cast<size_t>((s.E + 31) / 32);
-  if (s.T > 0)
-    launch(member_kernel, ((s.T - 1) >> shift) + 1, kMemberThreads, sizeof(uint32_t) * words * static_cast<size_t>(64 + 2 * tokens), stream, p,
-           tokens);
-  launch(rows_kernel, kWorkBlocks + s.E, kIndexThreads, RowsMemory::bytes(s.E), stream, p);
+  launch(rows_kernel, kWorkBlocks + std::max<int64_t>(1, p.pitch / 32), kRowsThreads, RowsMemory::bytes(s.E), stream, p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
