@@ -4,6 +4,8 @@
 //   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets and the work list
 // A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
 // ones the lower token.
+#include <cuda_pipeline_primitives.h>
+
 #include <algorithm>
 
 #include "core/token_rounding.h"
@@ -117,29 +119,34 @@ class ExpertKeys {
   static constexpr int64_t kMaxShared = 48 * 1024;
   static size_t shared_bytes(int64_t pitch) { return pitch <= kMaxShared ? sizeof(uint32_t) * static_cast<size_t>(pitch) : 0; }
 
-  __device__ ExpertKeys(const Params& p, int e) : pitch_(p.pitch), keys_(p.keys + e * p.pitch) {
-    int chosen = 0;
-    if (p.pitch <= kMaxShared) {
-      auto* copy = reinterpret_cast<uint4*>(shared_memory);
-      const auto* from = reinterpret_cast<const uint4*>(keys_);
-#pragma unroll 8
-      for (int i = threadIdx.x; i < p.pitch / 4; i += kIndexThreads) {
-        const uint4 k = from[i];
-        copy[i] = k;
-        chosen += static_cast<int>((k.x >> 30) + (k.y >> 30) + (k.z >> 30) + (k.w >> 30));
-      }
+  __device__ ExpertKeys(const Params& p, int e) : pitch_(static_cast<int>(p.pitch)), keys_(p.keys + e * p.pitch) {
+    int* const histogram = histogram_of_block();
+    histogram[threadIdx.x] = histogram[kIndexThreads + threadIdx.x] = 0;
+    if (p.pitch <= kMaxShared) {  // all loads in flight; a thread reads what it has copied
+#pragma unroll 4
+      for (int i = 4 * static_cast<int>(threadIdx.x); i < pitch_; i += 4 * kIndexThreads) __pipeline_memcpy_async(shared_memory + i, keys_ + i, 16);
+      __pipeline_commit();
+      __pipeline_wait_prior(0);
       keys_ = shared_memory;
-    } else {
-      each([&](uint32_t key) { chosen += static_cast<int>(key >> 30); });
     }
-    f_ = block_sum(chosen);
+    __syncthreads();
+    each([&](uint32_t key) { atomicAdd(histogram + (key >> 20), 1); });
+    __syncthreads();
+    const int digit = 2 * kIndexThreads - 1 - 2 * static_cast<int>(threadIdx.x);
+    high_ = histogram[digit], low_ = histogram[digit - 1];
+    int total;
+    before_ = exclusive_sum(high_ + low_, total);
+    __shared__ int f;
+    if (threadIdx.x == kIndexThreads / 2) f = before_;  // the digits from 1024 on: of chosen pairs
+    __syncthreads();
+    f_ = f;
   }
   __device__ int f() const { return f_; }  // among the top K of so many tokens
   template <class F>
   __device__ void each(F f) const {
     const auto* keys = reinterpret_cast<const uint4*>(keys_);
 #pragma unroll 4
-    for (int64_t i = threadIdx.x; i < pitch_ / 4; i += kIndexThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < pitch_ / 4; i += kIndexThreads) {
       const uint4 k = keys[i];
       f(k.x), f(k.y), f(k.z), f(k.w);
     }
@@ -148,13 +155,19 @@ class ExpertKeys {
     uint32_t key;
     int kept, same;  // of exactly this key: those of the first `count`, all
   };
-  // The count-th largest key, 1 <= count <= T: three digits of 10 bits below the top bit. All threads of the block call it.
+  // The count-th largest key, 1 <= count <= T: below the counted digit two of 10 bits. All threads of the block call it.
   __device__ Rank ranked(int count) const {
-    __shared__ int histogram[kIndexThreads];
-    __shared__ Rank found;
-    Rank rank{count <= f_ ? 1u : 0u, count <= f_ ? count : count - f_, 0};
+    int* const histogram = histogram_of_block();
+    __shared__ Rank first, found;
+    if (before_ < count && count <= before_ + high_ + low_) {
+      const bool low = count > before_ + high_;
+      const uint32_t digit = 2 * (kIndexThreads - threadIdx.x) - 1 - low;
+      first = {digit, count - before_ - (low ? high_ : 0), low ? low_ : high_};
+    }
+    __syncthreads();
+    Rank rank = first;
 #pragma unroll 1
-    for (int shift = 20; shift >= 0; shift -= 10) {
+    for (int shift = 10; shift >= 0; shift -= 10) {
       histogram[threadIdx.x] = 0;
       __syncthreads();
       each([&](uint32_t key) {
@@ -173,12 +186,12 @@ class ExpertKeys {
   // The count-th token of exactly this key.
   __device__ int token_of(uint32_t key, int count) const {
     __shared__ int token;
-    for (int64_t base = 0; count > 0; base += kIndexThreads) {
-      const int64_t t = base + threadIdx.x;
+    for (int base = 0; count > 0; base += kIndexThreads) {
+      const int t = base + static_cast<int>(threadIdx.x);
       const int equal = t < pitch_ && keys_[t] == key;
       int total;
       const int before = exclusive_sum(equal, total);
-      if (equal && before == count - 1) token = static_cast<int>(t);
+      if (equal && before == count - 1) token = t;
       count -= total;
       __syncthreads();
     }
@@ -186,18 +199,18 @@ class ExpertKeys {
   }
   // The tokens with larger keys, and those of exactly this key up to the last one.
   __device__ void write_members(uint32_t key, int last_token, uint2* members) const {
-    __shared__ uint32_t kept[kIndexThreads];
-    const int lane = threadIdx.x % 32, words = static_cast<int>(pitch_ / 32);
+    int* const kept = histogram_of_block();
+    const int lane = threadIdx.x % 32, words = pitch_ / 32;
     for (int base = 0, before = 0; base < words; base += kIndexThreads) {
 #pragma unroll 8
       for (int i = threadIdx.x / 32; i < min(words - base, kIndexThreads); i += kIndexThreads / 32) {
         const int t = (base + i) * 32 + lane;
         const uint32_t own = keys_[t], all = __ballot_sync(kAllLanes, own > key || (own == key && t <= last_token));
-        if (lane == 0) kept[i] = all;
+        if (lane == 0) kept[i] = static_cast<int>(all);
       }
       __syncthreads();
       const int word = base + static_cast<int>(threadIdx.x);
-      const uint32_t mask = word < words ? kept[threadIdx.x] : 0;
+      const auto mask = static_cast<uint32_t>(word < words ? kept[threadIdx.x] : 0);
       int total;
       const int earlier = before + exclusive_sum(__popc(mask), total);
       if (word < words) members[word] = {mask, static_cast<unsigned>(earlier)};
@@ -206,9 +219,14 @@ class ExpertKeys {
   }
 
  private:
-  int64_t pitch_;
+  __device__ static int* histogram_of_block() {
+    __shared__ int histogram[2 * kIndexThreads];
+    return histogram;
+  }
+  int pitch_;
   const uint32_t* keys_;
   int f_;
+  int before_, high_, low_;  // of the thread's two values of the highest 11 bits: how many keys have larger ones, the larger one, the other
 };
 
 __global__ void __launch_bounds__(kIndexThreads, 1) count_kernel(const __grid_constant__ Params p) {
