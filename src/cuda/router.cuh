@@ -52,13 +52,17 @@ struct Selected {
   uint32_t key;
   int index, rank;
 };
-constexpr int kMaxSelected = 16;  // K of select_best
+constexpr int kMaxSelected = 16;  // K of rank_candidates
 
 // The best K of 32 kPerLane keys, ties to the lower index; key[j] of a lane has index 32 j + lane. Key 0: none, and at least K are others.
 // The K-th largest of the lanes' own best keys is a bound that few more than K keys reach. Those move to one lane each and count how many are better.
-// All lanes of the warp call it; `memory` is the warp's own.
+// All lanes of the warp call both; `memory` is the warp's own.
+struct Candidates {
+  uint32_t bound;
+  int own, total;  // keys of the lane, of the warp that reach it: K or more
+};
 template <int kPerLane>
-__device__ Selected select_best(const uint32_t (&key)[kPerLane], int K, int lane, ulonglong2 (&memory)[16]) {
+__device__ Candidates find_candidates(const uint32_t (&key)[kPerLane], int K, int lane) {
   uint32_t best = key[0];
 #pragma unroll
   for (int j = 1; j < kPerLane; j++) best = max(best, key[j]);
@@ -78,7 +82,11 @@ __device__ Selected select_best(const uint32_t (&key)[kPerLane], int K, int lane
   int own = kPerLane;
 #pragma unroll
   for (int j = 0; j < kPerLane; j++) drop_if_less(own, key[j], bound);
-  const int total = __reduce_add_sync(kAllLanes, own);
+  return {bound, own, static_cast<int>(__reduce_add_sync(kAllLanes, own))};
+}
+template <int kPerLane>
+__device__ Selected rank_candidates(const Candidates& found, const uint32_t (&key)[kPerLane], int K, int lane, ulonglong2 (&memory)[16]) {
+  const auto [bound, own, total] = found;
   if (total > 32) {  // many equal keys: K times the best after the last one
     Selected mine{0, 0, kMaxSelected};
     uint32_t last = ~0u;

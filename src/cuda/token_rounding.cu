@@ -97,8 +97,15 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
         if (j < kPerLane / 2 || j * 32 + lane < p.E) row[j * 32 + lane] = key[j]++;
       }
       __syncwarp();
-      const Selected mine = select_best(key, p.K, lane, memory[warp]);
-      if (mine.rank < p.K) row[mine.index] |= kChosen;
+      const Candidates found = find_candidates(key, p.K, lane);
+      if (found.total == p.K) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; j++)
+          if (key[j] >= found.bound) row[j * 32 + lane] = (key[j] - 1) | kChosen;
+      } else {
+        const Selected mine = rank_candidates(found, key, p.K, lane, memory[warp]);
+        if (mine.rank < p.K) row[mine.index] |= kChosen;
+      }
     } else {
       for (int e = lane; e < p.E; e += 32) row[e] = key_of(scores[e]);
       __syncwarp();
