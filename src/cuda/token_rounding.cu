@@ -137,7 +137,9 @@ class ExpertKeys {
       keys_ = shared_memory;
     }
     __syncthreads();
-    each([&](uint32_t key) { atomicAdd(histogram + (key >> 20), 1); });
+    each([&](uint4 k) {
+      for (const uint32_t key : {k.x, k.y, k.z, k.w}) atomicAdd(histogram + (key >> 20), 1);
+    });
     __syncthreads();
     const int digit = 2 * kIndexThreads - 1 - 2 * static_cast<int>(threadIdx.x);
     high_ = histogram[digit], low_ = histogram[digit - 1];
@@ -150,13 +152,21 @@ class ExpertKeys {
   }
   __device__ int f() const { return f_; }  // among the top K of so many tokens
   template <class F>
-  __device__ void each(F f) const {
+  __device__ void each(F f) const {  // four keys at a time
     const auto* keys = reinterpret_cast<const uint4*>(keys_);
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < pitch_ / 4; i += kIndexThreads) {
-      const uint4 k = keys[i];
-      f(k.x), f(k.y), f(k.z), f(k.w);
-    }
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < pitch_ / 4; i += kIndexThreads) f(keys[i]);
+  }
+  template <class F>
+  __device__ void each_from(uint32_t first, uint32_t count, F f) const {  // the few from `first` to first + count - 1
+    each([&](uint4 k) {
+      const uint32_t x = k.x - first, y = k.y - first, z = k.z - first, w = k.w - first;
+      if (min(min(x, y), min(z, w)) >= count) return;
+      if (x < count) f(k.x);
+      if (y < count) f(k.y);
+      if (z < count) f(k.z);
+      if (w < count) f(k.w);
+    });
   }
   struct Rank {
     uint32_t key;
@@ -177,9 +187,7 @@ class ExpertKeys {
     for (int shift = 10; shift >= 0; shift -= 10) {
       histogram[threadIdx.x] = 0;
       __syncthreads();
-      each([&](uint32_t key) {
-        if (key >> (shift + 10) == rank.key) atomicAdd(histogram + (key >> shift & 1023u), 1);
-      });
+      each_from(rank.key << (shift + 10), 1024u << shift, [&](uint32_t key) { atomicAdd(histogram + (key >> shift & 1023u), 1); });
       __syncthreads();
       const int digit = kIndexThreads - 1 - static_cast<int>(threadIdx.x), own = histogram[digit];
       int total;
@@ -274,9 +282,7 @@ __device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, Expert
   const int from_high = min(high.same - high.kept, up - down);  // further tokens with the key of rank down - 1
   if (threadIdx.x == 0) filled = 0;
   __syncthreads();
-  keys.each([&](uint32_t key) {
-    if (key > low.key && key < high.key) between[atomicAdd(&filled, 1)] = key;
-  });
+  keys.each_from(low.key + 1, max(high.key - low.key, 1u) - 1, [&](uint32_t key) { between[atomicAdd(&filled, 1)] = key; });
   __syncthreads();
   const int count = filled;
   for (int i = threadIdx.x; i < up - down; i += kIndexThreads) {
