@@ -28,13 +28,13 @@ struct BackwardBuffers {
   void *dh, *a_prime;  // [R_cap, planes, n], [R_cap, n]
   void* dx_rows;       // [R_cap, d]
   void* h;             // recompute only
-  uint32_t* turns;     // [1]
+  uint32_t* turns;     // [2]: of the products over rows, of the weight gradients, which may run beside them
 };
 // In one call A' has been read, and the rebuilt H even before, when dX~ is written: they lie under it. Phases that are called apart keep them apart.
 BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, uint32_t phases, Workspace& ws) {
   const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
   BackwardBuffers buf{};
-  buf.turns = ws.take<uint32_t>(1);
+  buf.turns = ws.take<uint32_t>(2);
   buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
   buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
   Workspace below = ws;
@@ -90,18 +90,19 @@ void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
 
   if (p.phases & kPhaseActivation) {
     const void* h = p.h;
-    b.clear(buf.turns, sizeof *buf.turns, stream);
+    b.clear(buf.turns, 2 * sizeof *buf.turns, stream);
     if (recompute) {
       b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, buf.h, nullptr, buf.turns}, stream);
       h = buf.h;
     }
     b.down_proj_bwd({p.shape, p.routing, p.d_o, w.w2, w.b2, h, buf.dh, buf.a_prime, buf.ds_parts, buf.turns}, stream);
   }
-  if ((p.phases & kPhaseWeight) && g.dw2.base) b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate}, stream);
+  if ((p.phases & kPhaseWeight) && g.dw2.base)
+    b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate, buf.turns + 1}, stream);
   void* dx_rows = rows ? p.dx : buf.dx_rows;
   if ((p.phases & kPhaseInput) && p.dx) b.up_proj_bwd({p.shape, p.routing, buf.dh, w.w1_gate, w.w1_up, dx_rows, buf.turns}, stream);
   if (p.phases & kPhaseWeight) {
-    if (g.dw1_up.base) b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate}, stream);
+    if (g.dw1_up.base) b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate, buf.turns + 1}, stream);
     if (g.db1_up.base || g.db2.base) b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
   }
   if (p.phases & kPhaseInput) {

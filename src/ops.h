@@ -114,7 +114,7 @@ struct TokenRoundBackwardArgs {
 };
 
 // ---- experts ------------------------------------------------------------------------------------------------------------------
-// turns: CUDA alone. The products over rows count in it; 0 before and after each. Two that share it must not run at once.
+// turns: CUDA alone. The products count in it; 0 before and after each. Two that share it must not run at once.
 // A kernel: H = gather(X) W1^T + b1, A = act(H).
 struct UpProjArgs {
   Shape shape;
@@ -182,11 +182,12 @@ struct UpProjBwdArgs {
 struct WeightGradW2Args {  // dW2_e = gather(dO)^T A'
   Shape shape;
   Routing routing;
-  const void* d_o;      // [T, d]
-  const void* a_prime;  // [R_cap, n], kSlackRows mapped rows before it
-  MutableWeight dw2;    // [E, d, n] out_dtype
-  DType out_dtype;      // dtype or F32
-  bool accumulate;      // dw2 += ...
+  const void* d_o;            // [T, d]
+  const void* a_prime;        // [R_cap, n], kSlackRows mapped rows before it
+  MutableWeight dw2;          // [E, d, n] out_dtype
+  DType out_dtype;            // dtype or F32
+  bool accumulate;            // dw2 += ...
+  uint32_t* turns = nullptr;  // [1]
 };
 struct WeightGradW1Args {  // dW1_e = dH^T gather(X)
   Shape shape;
@@ -196,6 +197,7 @@ struct WeightGradW1Args {  // dW1_e = dH^T gather(X)
   MutableWeight dw1_gate, dw1_up;  // [E, n, d] each, out_dtype
   DType out_dtype;
   bool accumulate;
+  uint32_t* turns = nullptr;  // [1]
 };
 struct BiasGradArgs {  // db1_e = sum dH, db2_e = sum s dO; a null base skips that bias
   Shape shape;

@@ -38,7 +38,7 @@ def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False)
     parts = {"counts": num_experts, "offsets": num_experts + 1}
     if cuda:
         experts_with_rows = min(num_experts, capacity)  # torch.sym_min of plain sizes cannot be traced
-        parts["tiles"] = 4 + 4 * (capacity // 128 + experts_with_rows)  # src/cuda/work.h
+        parts["tiles"] = 4 + 4 * num_experts + 4 * (capacity // 128 + experts_with_rows)  # src/cuda/work.h
     if kind != ROWS:
         parts |= {"token": capacity, "score": capacity * (2 if f64 else 1), "inverse": capacity}
     if kind == LISTS:

@@ -175,12 +175,13 @@ struct ScatterMemory {
 // Source: token, score and order of a slot.
 template <class Id, class Source>
 __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p, const Id* ids, Source source) {
-  const int blocks = static_cast<int>(gridDim.x) - kWorkBlocks, block = static_cast<int>(blockIdx.x) - kWorkBlocks, count = p.chunks.count;
+  const int lists = work_blocks(p.E), blocks = static_cast<int>(gridDim.x) - lists, block = static_cast<int>(blockIdx.x) - lists,
+            count = p.chunks.count;
   if (block < 0) {
     ExpertScan scan(shared_memory, p.E);
     sum_histograms(p, 0, scan.rows, scan.tiles);  // both are written later
     scan.run(p.E, p.slots, [&](int e) { return scan.tiles[e]; });
-    write_work(scan, p.E, blockIdx.x, kWorkBlocks, p.out.counts, p.out.offsets, p.work);
+    write_work(scan, p.E, blockIdx.x, lists, p.out.counts, p.out.offsets, p.work);
     return;
   }
   const int per_lane = p.chunks.per_lane, chunk_slots = per_lane * kIndexThreads;
@@ -441,7 +442,7 @@ void launch_sort(const SortParams& p, const Id* ids, const Source& source, Strea
   allow_smem(rank_kernel<Id>, rank_smem);
   allow_smem(scatter_kernel<Id, Source>, scatter_smem);
   rank_kernel<Id><<<static_cast<unsigned>(p.chunks.count), kIndexThreads, rank_smem, stream_of(stream)>>>(p, ids);
-  const auto blocks = static_cast<unsigned>(std::min(p.chunks.count, kScatterBlocks) + kWorkBlocks);
+  const auto blocks = static_cast<unsigned>(std::min(p.chunks.count, kScatterBlocks) + work_blocks(p.E));
   scatter_kernel<Id, Source><<<blocks, kIndexThreads, scatter_smem, stream_of(stream)>>>(p, ids, source);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
@@ -459,7 +460,7 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   check_experts(s);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles), a.order};
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order};
   dispatch_ids(a.ids_dtype, [&](auto id) {
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       const TopkSource<decltype(weight)> source{static_cast<const decltype(weight)*>(a.weights), static_cast<unsigned>(s.K)};
@@ -479,7 +480,7 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const ListsParams lists{s.R_cap, static_cast<int>(s.E), token_groups(s, a.out, b), a.token_ids, a.expert_ids, b.slot_expert, b.slot_position};
-  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles), a.order};
+  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order};
   if (!a.scores) sort.out.score = nullptr;  // left alone, also past R
   dispatch_ids(a.ids_dtype, [&](auto id) {
     using Id = decltype(id);
@@ -492,7 +493,7 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
 void index_rows(const IndexRowsArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
-  const WorkList work = work_list(a.out.tiles);
+  const WorkList work = work_list(a.out.tiles, s.E);
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (s.kind == RoutingKind::Lists) {
     Workspace ws(a.scratch);
@@ -500,7 +501,7 @@ void index_rows(const IndexRowsArgs& a, Stream stream) {
                        static_cast<int>(s.E), s.R_cap);
     return;
   }
-  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E) / kIndexThreads, 1, 32));
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E) / kIndexThreads, work_blocks(s.E), 32));
   allow_smem(rows_kernel, smem);
   rows_kernel<<<blocks, kIndexThreads, smem, stream_of(stream)>>>(a.out, work, static_cast<int>(s.E), s.R_cap);
   MACHMOE_CUDA_CALL(cudaGetLastError());

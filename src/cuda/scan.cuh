@@ -7,7 +7,8 @@ namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
 constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
-constexpr int kWorkBlocks = 4;                       // that write the work list beside those that write the rows
+// Blocks that write the work lists beside those that write the rows; the list of experts takes E^2 comparisons.
+__host__ __device__ constexpr int work_blocks(int64_t E) { return E <= 512 ? 4 : static_cast<int>(E / 128); }
 
 template <class T>
 __device__ T warp_inclusive_sum(T value) {
@@ -92,7 +93,7 @@ __device__ inline int expert_of(const int* before, int E, int i) {
   return low;
 }
 
-// One block's share of counts (unless null), offsets and the work list.
+// One block's share of counts (unless null), offsets and the work lists.
 template <int kThreads = kIndexThreads>
 __device__ void write_work(const ExpertScan& scan, int E, int block, int blocks, int* counts, int* offsets, const WorkList& work) {
   const int first = block * kThreads + static_cast<int>(threadIdx.x), step = blocks * kThreads;
@@ -104,7 +105,19 @@ __device__ void write_work(const ExpertScan& scan, int E, int block, int blocks,
     const int e = expert_of(scan.tiles, E, i), index = i - scan.tiles[e];
     work.tiles[scan.place(e, E) + index] = {e, scan.rows[e] + index * kTileRows, scan.rows[e + 1]};
   }
-  if (first == 0) *work.header = {scan.tiles[E], scan.rows[E]};
+  const int lane = threadIdx.x % 32;
+  int with_rows = 0;
+  for (int e = first / 32; e < E; e += step / 32) {  // a warp finds how many experts stand before one
+    const int own = scan.rows[e + 1] - scan.rows[e];
+    int before = 0;
+    for (int i = lane; i < E; i += 32) before += scan.rows[i + 1] - scan.rows[i] + (i < e) > own;
+    before = __reduce_add_sync(~0u, before);
+    if (lane == 0) work.experts[before] = {e, scan.rows[e], scan.rows[e + 1]};
+  }
+  if (first >= 32) return;
+  for (int i = lane; i < E; i += 32) with_rows += scan.rows[i + 1] > scan.rows[i];
+  with_rows = __reduce_add_sync(~0u, with_rows);
+  if (first == 0) *work.header = {scan.tiles[E], scan.rows[E], with_rows};
 }
 
 // What stands in the rows past R.

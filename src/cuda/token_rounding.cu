@@ -366,13 +366,14 @@ struct RowsMemory {
 };
 
 __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_constant__ Params p) {
-  if (blockIdx.x < kWorkBlocks) {
+  const int lists = work_blocks(p.E);
+  if (static_cast<int>(blockIdx.x) < lists) {
     ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
     scan.run<kRowsThreads>(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
-    write_work<kRowsThreads>(scan, p.E, blockIdx.x, kWorkBlocks, nullptr, p.out.offsets, p.work);
+    write_work<kRowsThreads>(scan, p.E, blockIdx.x, lists, nullptr, p.out.offsets, p.work);
     return;
   }
-  const int block = static_cast<int>(blockIdx.x) - kWorkBlocks, token_words = static_cast<int>(p.pitch / 32);
+  const int block = static_cast<int>(blockIdx.x) - lists, token_words = static_cast<int>(p.pitch / 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const RowsMemory m(p.E);
 
@@ -441,7 +442,7 @@ __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_cons
     score[row] = value;
   }
 
-  const int64_t thread = int64_t{block} * kRowsThreads + threadIdx.x, threads = int64_t{gridDim.x - kWorkBlocks} * kRowsThreads;
+  const int64_t thread = int64_t{block} * kRowsThreads + threadIdx.x, threads = int64_t{static_cast<int>(gridDim.x) - lists} * kRowsThreads;
   if (thread == 0) p.out.token_offsets[p.T] = R;
   for (int64_t row = R + thread; row < p.R_cap; row += threads) {
     clear_row(p.out, row);
@@ -511,7 +512,7 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  a.seed,
                  a.scores,
                  a.out,
-                 work_list(a.out.tiles),
+                 work_list(a.out.tiles, s.E),
                  b.keys,
                  b.topk_count,
                  b.members};
@@ -521,7 +522,7 @@ void token_round(const TokenRoundArgs& a, Stream on) {
     launch(balance_kernel, 1, 256, 0, stream, p);
   }
   launch(select_kernel, s.E, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
-  launch(rows_kernel, kWorkBlocks + std::max<int64_t>(1, p.pitch / 32), kRowsThreads, RowsMemory::bytes(s.E), stream, p);
+  launch(rows_kernel, work_blocks(s.E) + std::max<int64_t>(1, p.pitch / 32), kRowsThreads, RowsMemory::bytes(s.E), stream, p);
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 

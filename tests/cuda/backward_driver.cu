@@ -233,10 +233,10 @@ struct Problem {
     else fill(reinterpret_cast<bf16*>(b.data), b.size / 2, 9, 1.f);
   }
 
-  WeightGradW2Args dw2_args() { return {s, r, d_o.data, a_in.data, {dw2.data, s.n, s.n * s.d}, c.out_dtype, c.accumulate}; }
+  WeightGradW2Args dw2_args() { return {s, r, d_o.data, a_in.data, {dw2.data, s.n, s.n * s.d}, c.out_dtype, c.accumulate, turns.data}; }
   WeightGradW1Args dw1_args() {
     const bool gated = planes == 2;
-    return {s, r, x.data, dh_in.data, gated ? dw1_view[0] : MutableWeight{}, dw1_view[planes - 1], c.out_dtype, c.accumulate};
+    return {s, r, x.data, dh_in.data, gated ? dw1_view[0] : MutableWeight{}, dw1_view[planes - 1], c.out_dtype, c.accumulate, turns.data};
   }
   DownProjBwdArgs dh_args() {
     return {s, r, d_o.data, {w2.data, s.n, s.n * s.d}, {c.bias ? b2.data : nullptr, 1, s.d}, h.data, dh.data, a_prime.data, ds.data, turns.data};
@@ -490,11 +490,11 @@ std::vector<Case> cases() {
   std::vector<int> many(160);  // several tiles for every CTA, all phases of the rings
   for (int e = 0; e < 160; e++) many[e] = (e * 37) % 200;
   add({"many experts", 4000, 520, 392, 160, many})->spare = 0;
-  // 18 turns of each of 66 clusters; items of two and of three turns of each, and one more
+  // 18 turns of each of 66 clusters; two and three turns of each, and an item less or more: experts are items of dW, pairs of them those of the others
   add({"dH: many turns of one k block", 600, 64, 2048, 300, std::vector<int>(300, 3)});
   add({"dX~: many turns of one k block", 600, 2048, 64, 300, std::vector<int>(300, 3)})->act.kind = ActivationKind::ReLU2;
-  for (const int experts : {264, 266, 396, 398})
-    add({fmt::format("{} items", experts / 2), 600, 64, 64, experts, std::vector<int>(static_cast<size_t>(experts), 1)});
+  for (const int experts : {131, 132, 133, 198, 199, 264, 266, 396, 398})
+    add({fmt::format("{} experts of one row", experts), 600, 64, 64, experts, std::vector<int>(static_cast<size_t>(experts), 1)});
   return list;
 }
 

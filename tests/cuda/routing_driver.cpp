@@ -81,12 +81,26 @@ struct DeviceRouting {
     return token.guards_hold() && expert.guards_hold() && score.guards_hold() && counts.guards_hold() && offsets.guards_hold() &&
            token_offsets.guards_hold() && inverse.guards_hold() && order.guards_hold() && tiles.guards_hold();
   }
-  // The work list against one made here from the offsets.
+  // The work lists against what the offsets say.
   bool work_list_holds(const std::vector<int32_t>& offset) const {
     std::vector<int32_t> words = tiles.download<int32_t>();
-    const cuda::WorkList list = cuda::work_list(words.data());
-    int32_t count = 0;
+    const cuda::WorkList list = cuda::work_list(words.data(), s.E);
+    int32_t count = 0, experts = 0;
     bool good = true;
+    std::vector<bool> seen(static_cast<size_t>(s.E), false);
+    for (int64_t i = 0; i < s.E; i++) {  // by rows, descending, then by number
+      const cuda::WorkExpert& own = list.experts[i];
+      if (own.expert < 0 || own.expert >= s.E || seen[static_cast<size_t>(own.expert)]) return false;
+      seen[static_cast<size_t>(own.expert)] = true;
+      const int32_t rows = own.row_end - own.row;
+      good &= own.row == offset[static_cast<size_t>(own.expert)] && own.row_end == offset[static_cast<size_t>(own.expert) + 1];
+      if (i > 0) {
+        const cuda::WorkExpert& before = list.experts[i - 1];
+        const int32_t more = before.row_end - before.row;
+        good &= more > rows || (more == rows && before.expert < own.expert);
+      }
+      experts += rows > 0;
+    }
     for (const int32_t odd : {0, 1})
       for (int32_t e = 0; e < s.E; e++) {
         const int32_t begin = offset[static_cast<size_t>(e)], end = offset[static_cast<size_t>(e) + 1];
@@ -96,7 +110,7 @@ struct DeviceRouting {
           good &= tile.expert == e && tile.row == row && tile.row_end == end;
         }
       }
-    return good && list.header->tiles == count && list.header->rows == offset[static_cast<size_t>(s.E)];
+    return good && list.header->tiles == count && list.header->rows == offset[static_cast<size_t>(s.E)] && list.header->experts == experts;
   }
 };
 

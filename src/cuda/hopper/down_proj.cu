@@ -25,7 +25,7 @@ void launch(const DownProjArgs& a, Stream stream) {
   if constexpr (kScaled) {
     p.epilogue.score = static_cast<const float*>(a.routing.score);
     p.epilogue.b2 = a.b2;
-    p.unused = {static_cast<uint4*>(a.y), &work_list(a.routing.tiles).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
+    p.unused = {static_cast<uint4*>(a.y), &work_list(a.routing.tiles, s.E).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
   }
   launch_grouped_gemm<Schedule>(p, s, a.routing, (s.d + R::kColumns - 1) / R::kColumns, a.turns, stream);
 }

@@ -227,7 +227,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
     launch(std::false_type());
   });
   if (a.b2.base) {
-    const WorkList work = work_list(a.routing.tiles);
+    const WorkList work = work_list(a.routing.tiles, s.E);
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E)));
     score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), a.routing.token,
                                                            static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d),

@@ -22,7 +22,7 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   p.epilogue.y = ragged_store_map(a.dx_rows, R_cap, 1, d, {Epilogue::kBox});
   p.epilogue.d = static_cast<int>(d);
   if (s.kind == RoutingKind::Rows)
-    p.unused = {static_cast<uint4*>(a.dx_rows), &work_list(a.routing.tiles).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
+    p.unused = {static_cast<uint4*>(a.dx_rows), &work_list(a.routing.tiles, s.E).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};
   launch_grouped_gemm<Schedule>(p, s, a.routing, (s.d + Schedule::R::kColumns - 1) / Schedule::R::kColumns, a.turns, stream);
 }
 

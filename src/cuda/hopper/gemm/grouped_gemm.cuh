@@ -39,8 +39,8 @@ template <class Schedule, class Epilogue>
 struct SharedLayout {
   using R = typename Schedule::R;
   static constexpr int kStaging = R::kBytes, kNotes = kStaging + 8 * Epilogue::kStagingBytes, kControl = kNotes + 8 * Epilogue::kNoteBytes,
-                       kTurns = kControl + R::kControlBytes, kBytes = kTurns + Turns::kBytes;
-  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns::kSlots);
+                       kTurns = kControl + R::kControlBytes, kBytes = kTurns + Turns<>::kBytes;
+  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns<>::kSlots);
 };
 
 template <class Schedule, class Loader, class Epilogue, class Weights = WeightTiles>
@@ -55,7 +55,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 
   if (threadIdx.x == 0) {
     ring.init(Loader::kArrivals);
-    Turns::init(stages + Layout::kTurns);
+    Turns<>::init(stages + Layout::kTurns);
   }
   cluster_sync();
   const int tiles = __ldg(&p.turns.header->tiles);
@@ -81,7 +81,7 @@ template <class Schedule, class Loader, class Epilogue, class Weights>
 void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, uint32_t* turns,
                          Stream stream) {
   MACHMOE_CHECK(turns, "turns is null, expected a zero on the device: the clusters count in it");
-  const WorkList work = work_list(r.tiles);
+  const WorkList work = work_list(r.tiles, s.E);
   const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
   p.turns = {TileOrder::make(Loader::kGathered, columns), work.header, work.tiles, turns};

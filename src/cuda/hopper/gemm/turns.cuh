@@ -12,9 +12,11 @@ struct TurnsParams {
   TileOrder order;
   const WorkHeader* header;
   const WorkTile* work;
-  uint32_t* counter;  // 0 before the launch and after it
+  uint32_t* counter;
 };
 
+// P: has an `order` of items and a `counter`, 0 before the launch and after it.
+template <class P = TurnsParams>
 struct Turns {
   // At the beginning nothing holds the drawing thread back: it may have filled all stages, with a tile each, and posted three turns ahead before another
   // thread has read the first turn.
@@ -22,9 +24,9 @@ struct Turns {
   static constexpr int kStatic = 3;  // first turns, whose items follow from the cluster's number: no draw has come back yet
   static constexpr int kBytes = 8 * kSlots;
 
-  const TurnsParams& p;
-  uint32_t slots;  // shared memory. Turn t lies in slot t % kSlots, marked with the parity of t / kSlots
-  int tiles, rank;
+  const P& p;
+  uint32_t slots;   // shared memory. Turn t lies in slot t % kSlots, marked with the parity of t / kSlots
+  int tiles, rank;  // what the order counts its items from; of this CTA
   bool draws;
   int turn = 0, drawn = 0;
 
@@ -32,7 +34,7 @@ struct Turns {
     for (int i = 0; i < kSlots; i++) store_shared(slots + 8 * i, int64_t{1});
   }
   // The slots of both CTAs are initialised.
-  DEV Turns(const TurnsParams& params, uint32_t shared, int tile_count, int cta, int tid)
+  DEV Turns(const P& params, uint32_t shared, int tile_count, int cta, int tid)
       : p(params), slots(shared), tiles(tile_count), rank(cta), draws(cta == 0 && tid == 0) {
     if (draws) post(0);
   }

@@ -11,6 +11,7 @@
 #include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/gemm/ring.cuh"
+#include "cuda/hopper/gemm/turns.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 #include "cuda/hopper/tile/tensor_map.h"
 #include "cuda/launch.h"
@@ -62,45 +63,50 @@ struct GradStore {
   }
 };
 
+// The output tiles of the experts in their order in the work list as items 0, 1, 2, ...; those of an expert in a row.
+struct ExpertOrder {
+  int tiles;  // of an expert
+  DEV int items(int experts) const { return experts * tiles; }
+  DEV TilePlace place(int item, int) const { return {item / tiles, item % tiles}; }  // the expert's place in the list, its tile
+};
+
 struct VarlenKParams {
+  ExpertOrder order;
+  uint32_t* counter;
+  const WorkHeader* header;
+  const WorkExpert* work;
   CUtensorMap contiguous;  // ragged panels, box {64, 64, 1, 1}
   CUtensorMap out[2];      // one per plane
   const bf16* gathered;    // [T, d]
   const int* token;        // row -> row of gathered; null: itself
-  const int* offsets;      // [E + 1]
   int experts, d;
   int panels_per_plane, panels;
-  int groups, columns;                       // an expert has groups (of 2 x 128 gathered columns) x columns (of panels) tiles
-  int wide;                                  // columns before this one have 4 panels, the others 3 (the last one what is left)
-  int clusters;                              // of the grid
-  int step_expert, step_group, step_column;  // clusters + 1 as digits (expert, group, column)
+  int columns;  // (of panels) of a group of 2 x 128 gathered columns; innermost: they share the gathered rows
+  int wide;     // columns before this one have 4 panels, the others 3 (the last one what is left)
   bool accumulate;
 };
 
-// The tiles of one cluster as digits (expert, group, column), so that no loop divides. Columns are innermost: they share the gathered rows. Clusters
-// take the next items in turn, starting with another cluster every time: else narrow tiles would fall to the same clusters for ever.
-struct VarlenKWalk {
-  int turn;  // place of this cluster among the clusters
-  int expert, group, column;
-  DEV VarlenKWalk(const VarlenKParams& p, int cluster)
-      : turn(cluster), expert(cluster / (p.groups * p.columns)), group(cluster / p.columns % p.groups), column(cluster % p.columns) {}
-  DEV void advance(const VarlenKParams& p) {
-    if (++turn < p.clusters) {
-      column += p.step_column;
-      group += p.step_group;
-      expert += p.step_expert;
-    } else {
-      turn = 0;
-      column++;
-    }
-    if (column >= p.columns) {
-      column -= p.columns;
-      group++;
-    }
-    if (group >= p.groups) {
-      group -= p.groups;
-      expert++;
-    }
+// As the producers see a tile: an expert's rows and one of its tiles, in groups of p.columns.
+struct ExpertTile {
+  int expert, row, row_end, tile;
+  bool valid;
+  DEV int blocks() const { return (row_end - row + 63) >> 6; }
+};
+
+// The tile at a place, its words spread over the lanes of a warp as in SpreadTile: lane l holds word l % 4 of the list's entry.
+struct SpreadExpert {
+  int word = 0, tile = 0;
+  bool valid = false;
+
+  DEV SpreadExpert(const WorkExpert* list, const TilePlace& place) {
+    if (place.pair < 0) return;
+    word = __ldg(reinterpret_cast<const int*>(list + place.pair) + lane_id() % 4);
+    tile = place.column;
+    valid = true;
+  }
+  DEV ExpertTile gather() const {
+    const auto at = [&](int lane) { return __shfl_sync(~0u, word, lane); };
+    return {at(0), at(1), at(2), tile, valid};
   }
 };
 
@@ -111,22 +117,28 @@ struct PanelRange {
       : first(column * 4 - max(0, column - p.wide)), count(min(column < p.wide ? 4 : 3, p.panels - first)) {}
 };
 
+// As the consumers see it; they find it in shared memory beside its first stage. blocks: of 64 rows, 0 for an expert without rows.
+struct OutputTile {
+  int expert, blocks, group, panel, panels;
+  bool more;
+
+  DEV int4 posted() const { return {expert << 1 | more, blocks, group, panel << 3 | panels}; }
+  DEV static OutputTile of(int4 t) { return {t.x >> 1, t.y, t.z, t.w >> 3, t.w & 7, (t.x & 1) != 0}; }
+};
+
 // What a tile writes: columns of its panels from `panel` on; 0: nothing.
 struct OutputBlock {
   int expert, group, panel, columns;
 };
 
-struct RowRange {
-  int begin, end;
-  DEV int blocks() const { return (end - begin + 63) >> 6; }
-};
-
-// Shared memory: the ring's stages, with G as two panels and C as four; what the consumers stage for the copy engine; the ring's control.
+// Shared memory: the ring's stages, with G as two panels and C as four; what the consumers stage for the copy engine; the ring's control;
+// the turns.
 struct VarlenKLayout {
   using R = Ring<256, 4>;
   static constexpr int kBuffers = 2;  // boxes a storer stages at a time
-  static constexpr int kStaging = R::kBytes, kControl = kStaging + 8 * 2048 * kBuffers, kBytes = kControl + R::kControlBytes;
-  static_assert(kBytes <= kMaxSharedBytes);
+  static constexpr int kStaging = R::kBytes, kControl = kStaging + 8 * 2048 * kBuffers, kTurns = kControl + R::kControlBytes,
+                       kBytes = kTurns + Turns<>::kBytes;
+  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns<>::kSlots);
 };
 
 template <class Out, bool kTransposed>
@@ -140,14 +152,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
   const R ring{smem, smem + Layout::kControl};
   // The warpgroup is uniform, so that what hangs on it lives in uniform registers: it does not fit beside the tiles else.
   const int wg = uniform(static_cast<int>(threadIdx.x) / 128), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
-  auto rows_of = [&](int expert) {
-    const int e = min(expert, p.experts - 1);
-    return RowRange{__ldg(p.offsets + e), __ldg(p.offsets + e + 1)};
-  };
-
-  if (threadIdx.x == 0) ring.init(129);  // 128 gathering threads and the expected bytes
+  if (threadIdx.x == 0) {
+    ring.init(129);  // 128 gathering threads and the expected bytes
+    Turns<>::init(smem + Layout::kTurns);
+  }
   cluster_sync();
-  VarlenKWalk at(p, blockIdx.x / 2);
+  const int experts = __ldg(&p.header->experts);
 
   if (wg == 0) {
     reg_dec<56>();
@@ -157,33 +167,34 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     // Token indices come in windows of 4 blocks: lane l holds blocks l / 16 and 2 + l / 16, rows 4 warp + l % 4 + 16 ((l / 4) % 4). The next window
     // is loaded while this one is used; one block ahead would be too late.
     int window[2], next_window[2];
-    auto fetch = [&](const RowRange& r, int k) {
-      if (r.begin >= r.end) return;
-      const int row = r.begin + k * 64 + (lane >> 4) * 64 + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
+    auto fetch = [&](const ExpertTile& t, int k) {
+      if (t.row >= t.row_end) return;
+      const int row = t.row + k * 64 + (lane >> 4) * 64 + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int clamped = min(row + 128 * i, r.end - 1);
+        const int clamped = min(row + 128 * i, t.row_end - 1);
         next_window[i] = p.token ? __ldg(p.token + clamped) : clamped;
       }
     };
     next_window[0] = next_window[1] = 0;
-    RowRange rows = rows_of(at.expert);
-    if (at.expert < p.experts) fetch(rows, 0);
-    while (at.expert < p.experts) {
-      VarlenKWalk next = at;
-      next.advance(p);
-      const RowRange next_rows = rows_of(next.expert);
-      const int blocks = rows.blocks(), col0 = (at.group * 2 + rank) * 128 + (tid % 8) * 8;
+    Turns<VarlenKParams> turns(p, smem + Layout::kTurns, experts, rank, tid);
+    ExpertTile next = SpreadExpert(p.work, turns.next()).gather();  // tiles are loaded two ahead, so that nothing here waits for a load
+    fetch(next, 0);
+    SpreadExpert after(p.work, turns.next());
+    while (next.valid) {
+      const ExpertTile t = next;
+      next = after.gather();
+      after = SpreadExpert(p.work, turns.next());
+      const int group = t.tile / p.columns, blocks = t.blocks(), col0 = (group * 2 + rank) * 128 + (tid % 8) * 8;
       const bool inside[2] = {col0 < p.d, col0 + 64 < p.d};  // columns past the matrix stay as they are and are not stored
-      const PanelRange panels(p, at.column);
-      if (blocks == 0) fetch(next_rows, 0);
+      const PanelRange panels(p, t.tile - group * p.columns);
       for (int k = 0; k < blocks; k++) {
         if ((k & 3) == 0) {
 #pragma unroll
           for (int i = 0; i < 2; i++)
             asm volatile("mov.b32 %0, %1;" : "=r"(window[i]) : "r"(next_window[i]));  // holds the copy here, after the load has landed
-          if (k + 4 < blocks) fetch(rows, k + 4);
-          else fetch(next_rows, 0);
+          if (k + 4 < blocks) fetch(t, k + 4);
+          else fetch(next, 0);
         }
         const int held = k & 2 ? window[1] : window[0];
         const uint8_t* src[4];
@@ -191,7 +202,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         for (int i = 0; i < 4; i++)
           src[i] = reinterpret_cast<const uint8_t*>(p.gathered + col0) +
                    static_cast<size_t>(__shfl_sync(~0u, held, (k & 1) * 16 + i * 4 + (lane >> 3))) * (2 * p.d);
-        const int row = rows.begin + k * 64, v = min(64, rows.end - row);
+        const int row = t.row + k * 64, v = min(64, t.row_end - row);
         mbar_wait(ring.empty(slot.stage), slot.phase ^ 1);
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -200,15 +211,16 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
             if (inside[j]) cp_async16(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128);
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
-        if (tid == 0) mbar_arrive_expect_tx(ring.full(slot.stage), panels.count * kPanelBytes);
+        if (tid == 0) {
+          if (k == 0) store_shared(ring.tile(slot.stage), OutputTile{t.expert, blocks, group, panels.first, panels.count, next.valid}.posted());
+          mbar_arrive_expect_tx(ring.full(slot.stage), panels.count * kPanelBytes);
+        }
         const int j = 2 * rank + warp, panel = panels.first + j, plane = panel >= p.panels_per_plane;
         if (lane == 0 && warp < 2 && j < panels.count)
           tma_load_4d_mc(ring.b(slot.stage) + j * kPanelBytes, &p.contiguous, ring.full(slot.stage), (panel - plane * p.panels_per_plane) * 64,
                          64 - v, row + v, plane, 3);
         slot.advance();
       }
-      at = next;
-      rows = next_rows;
     }
   } else {
     reg_inc<224>();
@@ -250,15 +262,27 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     const uint32_t peer = ring.peer();
     Slot<R> slot;
     float acc[128];
-    RowRange rows = rows_of(at.expert);
-    while (at.expert < p.experts) {
-      VarlenKWalk next = at;
-      next.advance(p);
-      const RowRange next_rows = rows_of(next.expert);
-      const int blocks = rows.blocks();
-      const PanelRange panels(p, at.column);
-      const bool wide = panels.count > 3;
-      const bool any = (at.group * 2 + rank) * 128 + w * 64 < p.d;  // else this warpgroup only releases the stages
+    bool more = blockIdx.x / 2 < p.order.items(experts);
+    int item = p.order.items(experts) + blockIdx.x / 2;
+    // The producers' tiles, then a share of those of the experts without rows, which no stage announces; an accumulator stays as it is.
+    const auto next_tile = [&]() -> OutputTile {
+      if (uniform(more)) {
+        mbar_wait(ring.full(slot.stage), slot.phase);
+        const OutputTile t = OutputTile::of(load_shared(ring.tile(slot.stage)));
+        more = t.more;
+        return t;
+      }
+      if (p.accumulate || item >= p.order.items(p.experts)) return {-1, 0, 0, 0, 0, false};
+      const TilePlace place = p.order.place(item, 0);
+      item += gridDim.x / 2;
+      const PanelRange panels(p, place.column % p.columns);
+      return {__ldg(&p.work[place.pair].expert), 0, place.column / p.columns, panels.first, panels.count, false};
+    };
+    OutputTile t = next_tile();
+    while (uniform(t.expert >= 0)) {
+      const int blocks = uniform(t.blocks);
+      const bool wide = uniform(t.panels > 3);
+      const bool any = uniform((t.group * 2 + rank) * 128 + w * 64 < p.d);  // else this warpgroup only releases the stages
       for (int k = 0; k < blocks; k++) {
         mbar_wait(ring.full(slot.stage), slot.phase);
         fence_proxy_async();
@@ -273,10 +297,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         if (k > 0) ring.release(slot.previous(), peer);
         slot.advance();
       }
+      const OutputTile next = next_tile();
       wgmma_wait<0>();
       if (blocks > 0) ring.release(slot.previous(), peer);
-      const bool written = any && (blocks > 0 || !p.accumulate);
-      const OutputBlock block{at.expert, at.group, panels.first, written ? panels.count * 64 : 0};
+      const OutputBlock block{t.expert, t.group, t.panel, any ? t.panels * 64 : 0};
       if constexpr (kHeld) {
         if (blocks < 1) store(held, 0, packed);
         if (blocks < 2) store(held, 2, packed + kHalf);
@@ -291,8 +315,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
 #pragma unroll
         for (int c = 0; c < 256 / Store::kColumns; c += kBuffers) store(block, c, acc + c * Store::kFragment);
       }
-      at = next;
-      rows = next_rows;
+      t = next;
     }
     if constexpr (kHeld) {
       store(held, 0, packed);
@@ -311,6 +334,7 @@ struct VarlenKProblem {
   int64_t planes;
   MutableWeight out[2];  // one per plane
   bool accumulate;
+  uint32_t* turns;
 };
 
 template <class Out, bool kTransposed>
@@ -327,22 +351,23 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
                                Store::kSwizzle);
   p.gathered = static_cast<const bf16*>(q.gathered);
   p.token = q.routing.token;
-  p.offsets = q.routing.offsets;
   p.experts = static_cast<int>(E);
   p.d = static_cast<int>(d);
   p.panels_per_plane = static_cast<int>((n + 63) / 64);
   p.panels = p.panels_per_plane * static_cast<int>(planes);
-  p.groups = static_cast<int>((d + 255) / 256);
   p.columns = (p.panels + 3) / 4;
   p.wide = std::max(0, p.panels - 3 * p.columns);
   p.accumulate = q.accumulate;
-  const int64_t items = static_cast<int64_t>(E) * p.groups * p.columns;
+  p.order = {static_cast<int>((d + 255) / 256) * p.columns};
+  p.counter = q.turns;
+  const WorkList work = work_list(q.routing.tiles, s.E);
+  p.header = work.header;
+  p.work = work.experts;
+  const int64_t items = static_cast<int64_t>(E) * p.order.tiles;
   if (items == 0) return;
-  p.clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
-  p.step_column = (p.clusters + 1) % p.columns;
-  p.step_group = (p.clusters + 1) / p.columns % p.groups;
-  p.step_expert = (p.clusters + 1) / (p.columns * p.groups);
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * p.clusters, VarlenKLayout::kBytes, stream, p);
+  MACHMOE_CHECK(q.turns, "turns is null, expected a zero on the device: the clusters count in it");
+  const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, VarlenKLayout::kBytes, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper
