@@ -54,5 +54,20 @@ TEST(TileOrder, IsExactForEveryItemOfALargeProduct) {
   }
 }
 
+TEST(ExpertOrder, GoesThroughTheTilesOfAnExpertThenToTheNextExpert) {
+  for (const int experts : {0, 1, 5, 128})
+    for (const int tiles : {1, 3, 12, 252}) {
+      const ExpertOrder order{tiles};
+      ASSERT_EQ(order.items(experts), experts * tiles);
+      int item = 0;
+      for (int expert = 0; expert < experts; expert++)
+        for (int tile = 0; tile < tiles; tile++, item++) {
+          const TilePlace place = order.place(item, experts);
+          ASSERT_EQ(place.pair, expert);
+          ASSERT_EQ(place.column, tile);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace machmoe::cuda::hopper

@@ -1,16 +1,26 @@
-// The order of the output tiles of a grouped GEMM over ragged rows, as items 0, 1, 2, ...: groups of pairs of row tiles x column tiles, the pairs of a
-// group innermost.
+// The order of the output tiles of a grouped GEMM, as items 0, 1, 2, ...
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 namespace machmoe::cuda::hopper {
 
-// A pair of row tiles, 2 pair and 2 pair + 1, and a column tile. pair < 0: past the end.
+// A pair of row tiles, 2 pair and 2 pair + 1, and a column tile; of weight gradients the expert's place in the work list, and its tile. pair < 0: past
+// the end.
 struct TilePlace {
   int pair, column;
 };
 
+// Weight gradients: the experts as the work list has them, the tiles of one in a row.
+struct ExpertOrder {
+  int tiles;  // of an expert
+
+  constexpr int items(int experts) const { return experts * tiles; }
+  // 0 <= item < items(experts)
+  constexpr TilePlace place(int item, int /*experts*/) const { return {item / tiles, item % tiles}; }
+};
+
+// Products over ragged rows: groups of pairs of row tiles x column tiles, the pairs of a group innermost.
 struct TileOrder {
   int pairs, columns;  // of a group: 1 or 2; column tiles
   uint32_t inverse;    // 2^32 / (items of a group), rounded down

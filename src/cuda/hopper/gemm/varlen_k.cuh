@@ -63,13 +63,6 @@ struct GradStore {
   }
 };
 
-// The output tiles of the experts in their order in the work list as items 0, 1, 2, ...; those of an expert in a row.
-struct ExpertOrder {
-  int tiles;  // of an expert
-  DEV int items(int experts) const { return experts * tiles; }
-  DEV TilePlace place(int item, int) const { return {item / tiles, item % tiles}; }  // the expert's place in the list, its tile
-};
-
 struct VarlenKParams {
   ExpertOrder order;
   uint32_t* counter;
