@@ -9,7 +9,8 @@ from ..torch_layer import grouped_experts, topk_route
 
 
 class Problem:
-    """Random data of unit variance and one routing. Patterns: random top-K, balanced (random tokens), skewed (p_e ~ 1/e), rounded (token rounding).
+    """Random data of unit variance and one routing. Patterns: random top-K, balanced (random tokens), skewed (p_e ~ 1 / the place of e in a random
+    order), rounded (token rounding).
     like: another problem of the shape, whose data it shares."""
 
     def __init__(self, shape, pattern, dtype, device, seed=0, like=None):
@@ -29,7 +30,8 @@ class Problem:
         logits = torch.randn(T, E, device=device, generator=generator)
         if pattern == "skewed":  # Gumbel top-K of log p_e: K experts without replacement
             uniform = torch.rand(T, E, device=device, generator=generator).clamp_(1e-12, 1 - 1e-7)
-            logits = -torch.arange(1, E + 1, device=device).float().log() - (-uniform.log()).log()
+            place = 1 + torch.randperm(E, device=device, generator=generator)
+            logits = -place.float().log() - (-uniform.log()).log()
         self.scores = logits.softmax(-1)
         if pattern == "balanced":
             order, tokens = (torch.randperm(size, device=device, generator=generator) for size in (E, T))
