@@ -20,7 +20,7 @@ struct Routing {
   int32_t* token_offsets = nullptr;  // [T + 1] Lists only: slots of a token
   int32_t* inverse =
       nullptr;               // TopK [T K]: slot t K + k -> row, -1 if dropped. Lists [R_cap]: slots grouped by token, ascending row inside one token
-  int32_t* tiles = nullptr;  // CUDA work list (src/cuda/work.h); null on the CPU
+  int32_t* tiles = nullptr;  // CUDA work lists (src/cuda/work.h); null on the CPU
 };
 
 // ---- routing metadata ---------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ struct IndexListsArgs {
   Routing out;
   void* scratch;
 };
-// Rows and ready-made Routings: offsets (and the CUDA work list) from counts; Lists: also the inverse map from token.
+// Rows and ready-made Routings: offsets (and the CUDA work lists) from counts; Lists: also the inverse map from token.
 struct IndexRowsArgs {
   Shape shape;
   Routing out;  // counts is the input

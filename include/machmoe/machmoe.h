@@ -110,7 +110,7 @@ typedef struct machmoe_routing {
   int32_t* offsets;       /* [E + 1] */
   int32_t* token_offsets; /* [T + 1] LISTS only */
   int32_t* inverse;       /* slot -> row, -1 dropped */
-  int32_t* tiles;         /* CUDA work list, else null */
+  int32_t* tiles;         /* CUDA work lists, else null */
 } machmoe_routing;
 
 /* ---- library ------------------------------------------------------------------------------------------------------------- */
@@ -199,7 +199,7 @@ MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_r
                                            void* workspace, size_t bytes, void* stream);
 
 /* Phases may be called apart on one workspace, ACTIVATION first: the router's backward belongs between ACTIVATION and INPUT,
- * WEIGHT may be delayed as long as the workspace, x and d_o live. */
+ * WEIGHT may be delayed as long as the workspace, x and d_o live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
 enum { MACHMOE_PHASE_ACTIVATION = 1, MACHMOE_PHASE_WEIGHT = 2, MACHMOE_PHASE_INPUT = 4, MACHMOE_PHASE_ALL = 7 };
 typedef struct machmoe_backward_io {
   size_t struct_size;

@@ -1,6 +1,4 @@
 // O and dX: every token gathers its rows and adds them in slot order. One block a token, 16 bytes a thread; dS rides along, shared out among all threads.
-#include <algorithm>
-
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/score_grad.cuh"

@@ -1,7 +1,7 @@
 // Routing metadata: a stable counting sort of the slots by expert. No host sync; integer counters alone, so no bit depends on timing.
 //   top-K   two launches: each slot's rank among the equal ones of its chunk, and the chunk's histogram; then the rows
 //   lists   one cooperative launch puts the pairs in (token, expert) order, which makes them the slots of the same two
-//   rows    one launch: offsets and the work list from counts; ready-made lists also group their rows by token
+//   rows    one launch: offsets and the work lists from counts; ready-made lists also group their rows by token
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kWarps = kIndexThreads / 32;
 constexpr int kMaxPerLane = 4;
-constexpr int kScatterBlocks = 128;  // beside the blocks of the work list all at once on 132 SMs
+constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
+constexpr int kScatterBlocks = 128;                  // beside the blocks of the work lists all at once on 132 SMs (up to 512 experts)
 
 // Consecutive slots that one block ranks: few, for one SM scatters slowly, but the scattering blocks each read all histograms.
 struct Chunks {
@@ -472,7 +473,7 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
 void index_lists(const IndexListsArgs& a, Stream stream) {
   const Shape& s = a.shape;
   check_experts(s);
-  if (s.R_cap == 0) {  // no pairs: zero tokens are grouped, and the work list is empty
+  if (s.R_cap == 0) {  // no pairs: zero tokens are grouped, and the list of tiles is empty
     MACHMOE_CUDA_CALL(cudaMemsetAsync(a.out.counts, 0, sizeof(int32_t) * static_cast<size_t>(s.E), stream_of(stream)));
     index_rows({s, a.out, a.scratch}, stream);
     return;
@@ -497,8 +498,8 @@ void index_rows(const IndexRowsArgs& a, Stream stream) {
   const size_t smem = sizeof(int) * static_cast<size_t>(ExpertScan::ints(s.E));
   if (s.kind == RoutingKind::Lists) {
     Workspace ws(a.scratch);
-    launch_cooperative(list_rows_kernel, std::max(s.R_cap, s.T), smem, stream, a.out, work, token_groups(s, a.out, book(s, ws)),
-                       static_cast<int>(s.E), s.R_cap);
+    launch_cooperative(list_rows_kernel, std::max({s.R_cap, s.T, int64_t{work_blocks(s.E)} * kIndexThreads}), smem, stream, a.out, work,
+                       token_groups(s, a.out, book(s, ws)), static_cast<int>(s.E), s.R_cap);
     return;
   }
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E) / kIndexThreads, work_blocks(s.E), 32));

@@ -1,4 +1,4 @@
-// Sums over a block; offsets and the work list from the experts' row counts, by one block for itself: every index kernel has blocks for it.
+// Sums over a block; offsets and the work lists from the experts' row counts, by one block for itself: every index kernel has blocks for it.
 #pragma once
 #include "cuda/kernels.h"
 #include "cuda/work.h"
@@ -6,7 +6,6 @@
 namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
-constexpr int kItems = kMaxExperts / kIndexThreads;  // experts of a thread
 // Blocks that write the work lists beside those that write the rows; the list of experts takes E^2 comparisons.
 __host__ __device__ constexpr int work_blocks(int64_t E) { return E <= 512 ? 4 : static_cast<int>(E / 128); }
 
@@ -78,7 +77,7 @@ struct ExpertScan {
     if (threadIdx.x == 0) rows[E] = min(total, limit), tiles[E] = static_cast<int>(all), even[E] = static_cast<int>(all >> 32);
     __syncthreads();
   }
-  // Where the tiles of expert e begin in the work list of work.h.
+  // Where the tiles of expert e begin in the list of tiles of work.h.
   __device__ int place(int e, int E) const { return (tiles[e + 1] - tiles[e]) % 2 == 0 ? even[e] : even[E] + tiles[e] - even[e]; }
 };
 

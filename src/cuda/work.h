@@ -1,4 +1,4 @@
-// The work list that the metadata kernels write into Routing::tiles and the grouped GEMMs read: no scan over experts, no host sync.
+// The work lists that the metadata kernels write into Routing::tiles and the grouped GEMMs read: no scan over experts, no host sync.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -12,6 +12,9 @@ namespace machmoe::cuda::hopper {
 struct CtaTile {
   int expert, row, row_end, column;
   bool more;  // the consumer has another tile after this one
+
+  DEV int4 packed() const { return {expert << 1 | more, row, row_end, column}; }
+  DEV static CtaTile of(int4 t) { return {t.x >> 1, t.y, t.z, t.w, (t.x & 1) != 0}; }
 };
 
 // As the producer sees it.

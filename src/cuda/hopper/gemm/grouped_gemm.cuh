@@ -39,8 +39,8 @@ template <class Schedule, class Epilogue>
 struct SharedLayout {
   using R = typename Schedule::R;
   static constexpr int kStaging = R::kBytes, kNotes = kStaging + 8 * Epilogue::kStagingBytes, kControl = kNotes + 8 * Epilogue::kNoteBytes,
-                       kTurns = kControl + R::kControlBytes, kBytes = kTurns + Turns<>::kBytes;
-  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns<>::kSlots);
+                       kTurns = kControl + R::kControlBytes, kBytes = kTurns + TurnSlots::kBytes;
+  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= TurnSlots::kSlots);
 };
 
 template <class Schedule, class Loader, class Epilogue, class Weights = WeightTiles>
@@ -55,7 +55,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 
   if (threadIdx.x == 0) {
     ring.init(Loader::kArrivals);
-    Turns<>::init(stages + Layout::kTurns);
+    TurnSlots::init(stages + Layout::kTurns);
   }
   cluster_sync();
   const int tiles = __ldg(&p.turns.header->tiles);

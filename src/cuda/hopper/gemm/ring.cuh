@@ -1,10 +1,10 @@
 // The ring of operand stages between the producer and the consumer warpgroups of a CTA, in shared memory:
 //   A [kStages][128 rows][64], B [kStages][kColumns rows][64]  bf16 under the 128-byte swizzle, K-major or as MN-major panels
 //   full[s]   the producers of the stage -> its consumers;  empty[s]  every consumer warp of both CTAs -> the producers (weights are multicast)
-//   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released (by the products over rows alone)
+//   tile[s]   the tile whose first stage this is; written before full[s], read before the stage is released
 #pragma once
-#include "cuda/hopper/gemm/cta_tile.cuh"
 #include "cuda/hopper/ptx/ptx.cuh"
+#include "cuda/work.h"
 
 namespace machmoe::cuda::hopper {
 
@@ -33,10 +33,13 @@ struct Ring {
     }
     mbar_init_fence();
   }
-  DEV void post(int s, const CtaTile& t) const { store_shared(tile(s), {t.expert << 1 | t.more, t.row, t.row_end, t.column}); }
-  DEV CtaTile posted(int s) const {
-    const int4 t = load_shared(tile(s));
-    return {t.x >> 1, t.y, t.z, t.w, (t.x & 1) != 0};
+  template <class Tile>
+  DEV void post(int s, const Tile& t) const {
+    store_shared(tile(s), t.packed());
+  }
+  template <class Tile>
+  DEV Tile posted(int s) const {
+    return Tile::of(load_shared(tile(s)));
   }
   // Whom a lane of a consumer warp tells that a stage is free: empty[0] of CTA `lane` of the cluster, 0 for no one.
   DEV uint32_t peer() const {

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "cuda/hopper/gemm/cta_tile.cuh"
 #include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
 
@@ -47,7 +48,7 @@ struct Held {
       CtaTile t{};
       if (blocks > 0) {
         mbar_wait(ring.full(slot.stage), slot.phase);
-        t = ring.posted(slot.stage);
+        t = ring.template posted<CtaTile>(slot.stage);
       }
       const bool any = t.row + w * 64 < t.row_end;
       const int columns = any ? epilogue.columns(t) : 0;

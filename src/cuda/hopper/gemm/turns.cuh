@@ -15,24 +15,27 @@ struct TurnsParams {
   uint32_t* counter;
 };
 
-// P: has an `order` of items and a `counter`, 0 before the launch and after it.
-template <class P = TurnsParams>
-struct Turns {
+struct TurnSlots {
   // At the beginning nothing holds the drawing thread back: it may have filled all stages, with a tile each, and posted three turns ahead before another
   // thread has read the first turn.
   static constexpr int kSlots = 8;   // >= stages + 4
   static constexpr int kStatic = 3;  // first turns, whose items follow from the cluster's number: no draw has come back yet
   static constexpr int kBytes = 8 * kSlots;
 
+  DEV static void init(uint32_t slots) {
+    for (int i = 0; i < kSlots; i++) store_shared(slots + 8 * i, int64_t{1});
+  }
+};
+
+// P: has an `order` of items and a `counter`, 0 before the launch and after it.
+template <class P>
+struct Turns : TurnSlots {
   const P& p;
   uint32_t slots;   // shared memory. Turn t lies in slot t % kSlots, marked with the parity of t / kSlots
   int tiles, rank;  // what the order counts its items from; of this CTA
   bool draws;
   int turn = 0, drawn = 0;
 
-  DEV static void init(uint32_t slots) {
-    for (int i = 0; i < kSlots; i++) store_shared(slots + 8 * i, int64_t{1});
-  }
   // The slots of both CTAs are initialised.
   DEV Turns(const P& params, uint32_t shared, int tile_count, int cta, int tid)
       : p(params), slots(shared), tiles(tile_count), rank(cta), draws(cta == 0 && tid == 0) {

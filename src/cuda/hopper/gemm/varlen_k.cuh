@@ -115,7 +115,7 @@ struct OutputTile {
   int expert, blocks, group, panel, panels;
   bool more;
 
-  DEV int4 posted() const { return {expert << 1 | more, blocks, group, panel << 3 | panels}; }
+  DEV int4 packed() const { return {expert << 1 | more, blocks, group, panel << 3 | panels}; }
   DEV static OutputTile of(int4 t) { return {t.x >> 1, t.y, t.z, t.w >> 3, t.w & 7, (t.x & 1) != 0}; }
 };
 
@@ -130,8 +130,8 @@ struct VarlenKLayout {
   using R = Ring<256, 4>;
   static constexpr int kBuffers = 2;  // boxes a storer stages at a time
   static constexpr int kStaging = R::kBytes, kControl = kStaging + 8 * 2048 * kBuffers, kTurns = kControl + R::kControlBytes,
-                       kBytes = kTurns + Turns<>::kBytes;
-  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= Turns<>::kSlots);
+                       kBytes = kTurns + TurnSlots::kBytes;
+  static_assert(kBytes <= kMaxSharedBytes && R::kStages + 4 <= TurnSlots::kSlots);
 };
 
 template <class Out, bool kTransposed>
@@ -147,7 +147,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
   const int wg = uniform(static_cast<int>(threadIdx.x) / 128), tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32, rank = cluster_ctarank();
   if (threadIdx.x == 0) {
     ring.init(129);  // 128 gathering threads and the expected bytes
-    Turns<>::init(smem + Layout::kTurns);
+    TurnSlots::init(smem + Layout::kTurns);
   }
   cluster_sync();
   const int experts = __ldg(&p.header->experts);
@@ -205,7 +205,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
         if (tid == 0) {
-          if (k == 0) store_shared(ring.tile(slot.stage), OutputTile{t.expert, blocks, group, panels.first, panels.count, next.valid}.posted());
+          if (k == 0) ring.post(slot.stage, OutputTile{t.expert, blocks, group, panels.first, panels.count, next.valid});
           mbar_arrive_expect_tx(ring.full(slot.stage), panels.count * kPanelBytes);
         }
         const int j = 2 * rank + warp, panel = panels.first + j, plane = panel >= p.panels_per_plane;
@@ -261,7 +261,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     const auto next_tile = [&]() -> OutputTile {
       if (uniform(more)) {
         mbar_wait(ring.full(slot.stage), slot.phase);
-        const OutputTile t = OutputTile::of(load_shared(ring.tile(slot.stage)));
+        const OutputTile t = ring.posted<OutputTile>(slot.stage);
         more = t.more;
         return t;
       }
@@ -357,7 +357,6 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.header = work.header;
   p.work = work.experts;
   const int64_t items = static_cast<int64_t>(E) * p.order.tiles;
-  if (items == 0) return;
   MACHMOE_CHECK(q.turns, "turns is null, expected a zero on the device: the clusters count in it");
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
   launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, VarlenKLayout::kBytes, stream, p);
