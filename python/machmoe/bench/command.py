@@ -26,7 +26,8 @@ def add_arguments(parser):
         "--routing",
         default="random",
         metavar="A,B",
-        help=f"of {', '.join(PATTERNS)} (default: random); several take turns. skewed: p_e ~ 1 / the place of e in a random order; rounded: token rounding, machmoe only",
+        help=f"of {', '.join(PATTERNS)} (default: random); several take turns. skewed: p_e ~ 1 / the place of e in a random order; "
+        "rounded: token rounding, machmoe only",
     )
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
