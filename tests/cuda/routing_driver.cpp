@@ -246,6 +246,16 @@ bool check_metadata(bool small) {
       views.token = nullptr;
       cuda::index_rows({rows, views, nullptr}, {});
     });
+    Arrays cut = expected;  // more rows than the capacity: a long expert is cut off, those behind it have none
+    cut.counts[static_cast<size_t>(c.E / 2)] += static_cast<int32_t>(s.R_cap);
+    for (size_t e = 0; e < cut.counts.size(); e++)
+      cut.offsets[e + 1] = static_cast<int32_t>(std::min(int64_t{cut.offsets[e]} + cut.counts[e], s.R_cap));
+    expect_routing(verdict, "rows beyond the capacity " + name, rows, cut, [&](DeviceRouting& out) {
+      out.counts.upload(cut.counts.data(), out.counts.size());
+      Routing views = out.views();
+      views.token = nullptr;
+      cuda::index_rows({rows, views, nullptr}, {});
+    });
     verdict(scratch.guards_hold(), "lists " + name + ": scratch");
   }
   return verdict.summary("metadata");
