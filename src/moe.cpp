@@ -30,19 +30,19 @@ struct BackwardBuffers {
   void* h;             // recompute only
   uint32_t* turns;     // [2]: of the products over rows, of the weight gradients, which may run beside them
 };
-// In one call A' has been read, and the rebuilt H even before, when dX~ is written: they lie under it. Phases that are called apart keep them apart.
+// What a call of these phases touches. When dX~ is written the rebuilt H has been read, and A' too if its gradient is in the same call: they lie under it.
 BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, uint32_t phases, Workspace& ws) {
   const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
   BackwardBuffers buf{};
   buf.turns = ws.take<uint32_t>(2);
   buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
   buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
-  Workspace below = ws;
-  Workspace& place = phases == kPhaseAll ? below : ws;
-  buf.a_prime = take_with_slack(place, s.R_cap, static_cast<size_t>(s.n) * element);
-  buf.h = recompute ? place.take(row * s.planes() * s.n) : nullptr;
-  buf.dx_rows = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);
-  ws.cover(below);
+  Workspace over = ws;
+  buf.a_prime = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.n) * element);
+  if (!(phases & kPhaseWeight)) over = ws;
+  if (recompute && (phases & kPhaseActivation)) buf.h = ws.take(row * s.planes() * s.n);
+  if ((phases & kPhaseInput) && s.kind != RoutingKind::Rows) buf.dx_rows = over.take(row * s.d);
+  ws.cover(over);
   return buf;
 }
 

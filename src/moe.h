@@ -48,9 +48,9 @@ struct BackwardArgs {
   DType dscore_dtype;
   WeightGrads grads;
   uint32_t phases;
-  void* workspace;  // backward_workspace() bytes
+  void* workspace;  // backward_workspace() bytes for each call on it
 };
-// phases: kPhaseAll for one call, which takes less; anything else for phases that are called apart.
+// phases: of one call. A workspace for several has the largest of their sizes: least where Weight and Input are one call.
 size_t backward_workspace(const Backend&, const Shape&, bool recompute, uint32_t phases);
 void backward(const Backend&, const BackwardArgs&, Stream);
 // dS partials inside the workspace of a backward, for the router's backward.

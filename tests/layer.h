@@ -203,7 +203,12 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   io.dw1_gate = grads.views.w1_gate, io.dw1_up = grads.views.w1_up, io.dw2 = grads.views.w2;
   io.db1_gate = grads.views.b1_gate, io.db1_up = grads.views.b1_up, io.db2 = grads.views.b2;
   const bool recompute = forward.h == nullptr || s.R_cap == 0;
-  MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, recompute, options.phases[0], &bytes));
+  size_t largest = 0;
+  for (uint32_t phases : options.phases) {
+    MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, recompute, phases, &bytes));
+    largest = std::max(largest, bytes);
+  }
+  bytes = largest;
   Buffer backward_workspace(bytes);
   for (uint32_t phases : options.phases)
     MACHMOE_OK_OR_FAIL(machmoe_backward(&layer, &routing.views, &weights.views, &io, phases, backward_workspace.data(), bytes, nullptr));

@@ -82,11 +82,28 @@ TEST(Layer, PhasesCalledApartGiveTheBitsOfOneCall) {
       const Problem p = make_problem({.name = "Phases", .kind = kind, .bias = true}, DType::BF16);
       Results at_once, r;
       ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute}, at_once));
-      for (const auto& phases : {std::vector{kActivation, kWeight, kInput}, {kActivation, kInput, kWeight}, {kActivation | kInput, kWeight}}) {
+      for (const auto& phases : {std::vector{kActivation, kWeight, kInput},
+                                 {kActivation, kInput, kWeight},
+                                 {kActivation | kInput, kWeight},
+                                 {kActivation, kWeight | kInput}}) {
         ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute, .phases = phases}, r));
         EXPECT_TRUE(r == at_once);
       }
     }
+}
+
+TEST(Layer, DXTildeLiesOverAPrimeWhereTheWeightGradientIsInTheSameCall) {
+  const Problem p = make_problem({.name = "Phases"}, DType::BF16);
+  const machmoe_layer layer = layer_of(p.shape);
+  const auto bytes = [&](uint32_t phases) {
+    size_t size = 0;
+    EXPECT_EQ(MACHMOE_OK, machmoe_backward_workspace_bytes(&layer, 0, phases, &size));
+    return static_cast<int64_t>(size);
+  };
+  const auto a_prime = p.shape.R_cap * p.shape.n * 2, dx_rows = p.shape.R_cap * p.shape.d * 2;
+  EXPECT_GE(bytes(MACHMOE_PHASE_INPUT), bytes(MACHMOE_PHASE_WEIGHT) + dx_rows);
+  EXPECT_EQ(bytes(MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT), bytes(MACHMOE_PHASE_ALL));
+  EXPECT_LE(bytes(MACHMOE_PHASE_ALL), bytes(MACHMOE_PHASE_INPUT) - std::min(a_prime, dx_rows));
 }
 
 TEST(Layer, WeightGradientsAccumulateInFp32) {

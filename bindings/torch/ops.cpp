@@ -411,8 +411,14 @@ machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Option
   io.db1_gate = g.views.b1_gate, io.db1_up = g.views.b1_up, io.db2 = g.views.b2;
   return io;
 }
-Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, uint32_t phases, size_t& size) {
-  check(machmoe_backward_workspace_bytes(&layer, recompute, phases, &size));
+// For calls of these phases, one after the other.
+Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, std::initializer_list<uint32_t> calls, size_t& size) {
+  size = 0;
+  for (const uint32_t phases : calls) {
+    size_t needed = 0;
+    check(machmoe_backward_workspace_bytes(&layer, recompute, phases, &needed));
+    size = std::max(size, needed);
+  }
   return workspace_of(like, size);
 }
 
@@ -434,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
   const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, dscore_dtype, g);
   size_t workspace_bytes = 0;
-  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, MACHMOE_PHASE_ALL, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, {MACHMOE_PHASE_ALL}, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
@@ -462,11 +468,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, Tensor(), accum_of(l.layer.dtype), g);
   const bool recompute = io.h == nullptr;
   size_t workspace_bytes = 0;
-  const Tensor workspace = backward_workspace(l.layer, x, recompute, MACHMOE_PHASE_ACTIVATION, workspace_bytes);
+  constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
+  const Tensor workspace = backward_workspace(l.layer, x, recompute, {kFirst, kLast}, workspace_bytes);
   const auto run = [&](uint32_t phases) {
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };
-  run(MACHMOE_PHASE_ACTIVATION);
+  run(kFirst);
   const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, K, ids, weights, route_counts);
   const machmoe_route_grad route_grad{sizeof route_grad, nullptr, data(daux), data(dlogits)};
@@ -474,7 +481,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const Tensor router_dx = product(dlogits, router_w);
   const Tensor drouter_w = product(torch::stable::transpose(dlogits, 0, 1), x);
   io.addend = data(router_dx);
-  run(MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT);
+  run(kLast);
   return {dx, drouter_w, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2};
 }
 

@@ -215,7 +215,7 @@ typedef struct machmoe_backward_io {
   machmoe_matrix dw1_gate, dw1_up, dw2; /* base null: not wanted */
   machmoe_vector db1_gate, db1_up, db2;
 } machmoe_backward_io;
-/* phases: MACHMOE_PHASE_ALL if one call does everything (A' then lies under dX~), anything else if they are called apart. */
+/* phases: of one call. A workspace for several calls has the largest of their sizes; dX~ lies over A' where INPUT and WEIGHT are one call. */
 MACHMOE_API machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer*, int recompute, uint32_t phases, size_t* bytes);
 MACHMOE_API machmoe_status machmoe_backward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_backward_io*,
                                             uint32_t phases, void* workspace, size_t bytes, void* stream);
