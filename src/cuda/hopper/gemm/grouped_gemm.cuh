@@ -26,7 +26,7 @@ struct UnusedRows {
 
 template <class Loader, class Epilogue, class Weights = WeightTiles>
 struct GroupedGemmParams {
-  TurnsParams turns;
+  TileTurns turns;
   Weights weights;
   typename Loader::Params rows;
   typename Epilogue::Params epilogue;
@@ -80,11 +80,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
 template <class Schedule, class Loader, class Epilogue, class Weights>
 void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const Shape& s, const Routing& r, int64_t columns, uint32_t* turns,
                          Stream stream) {
-  MACHMOE_CHECK(turns, "turns is null, expected a zero on the device: the clusters count in it");
   const WorkList work = work_list(r.tiles, s.E);
   const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
-  p.turns = {TileOrder::make(Loader::kGathered, columns), work.header, work.tiles, turns};
+  p.turns = TileTurns::make(TileOrder::make(Loader::kGathered, columns), work.header, work.tiles, turns);
   launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 

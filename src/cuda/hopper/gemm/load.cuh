@@ -63,7 +63,7 @@ struct GatherRows {
   static constexpr bool kGathered = true;
 
   template <class R, class Weights>
-  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns<TurnsParams> turns, int tid, int k_blocks) {
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns<TileTurns> turns, int tid, int k_blocks) {
     constexpr int kRows = kTileRows / 16;
     const int lane = tid % 32;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
@@ -118,7 +118,7 @@ struct TmaRows {
   static constexpr bool kGathered = false;
 
   template <class R, class Weights>
-  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns<TurnsParams> turns, int tid, int k_blocks) {
+  DEV static void produce(const Params& p, const Weights& weights, const R& ring, Turns<TileTurns> turns, int tid, int k_blocks) {
     if (tid != 0) return;
     Slot<R> slot;
     const auto load = [&] { return load_tile(turns.p.work, turns.tiles, turns.next(), turns.rank); };

@@ -8,12 +8,20 @@
 
 namespace machmoe::cuda::hopper {
 
+template <class Order, class Entry>
 struct TurnsParams {
-  TileOrder order;
+  Order order;  // of the items
   const WorkHeader* header;
-  const WorkTile* work;
-  uint32_t* counter;
+  const Entry* work;  // the list that the items come from
+  uint32_t* counter;  // 0 before the launch and after it
+
+  static TurnsParams make(const Order& order, const WorkHeader* header, const Entry* work, uint32_t* counter) {
+    MACHMOE_CHECK(counter, "turns is null, expected a zero on the device: the clusters count in it");
+    return {order, header, work, counter};
+  }
 };
+using TileTurns = TurnsParams<TileOrder, WorkTile>;
+using ExpertTurns = TurnsParams<ExpertOrder, WorkExpert>;
 
 struct TurnSlots {
   // At the beginning nothing holds the drawing thread back: it may have filled all stages, with a tile each, and posted three turns ahead before another
@@ -27,8 +35,7 @@ struct TurnSlots {
   }
 };
 
-// P: has an `order` of items and a `counter`, 0 before the launch and after it.
-template <class P>
+template <class P>  // TileTurns or ExpertTurns
 struct Turns : TurnSlots {
   const P& p;
   uint32_t slots;   // shared memory. Turn t lies in slot t % kSlots, marked with the parity of t / kSlots

@@ -64,10 +64,7 @@ struct GradStore {
 };
 
 struct VarlenKParams {
-  ExpertOrder order;
-  uint32_t* counter;
-  const WorkHeader* header;
-  const WorkExpert* work;
+  ExpertTurns turns;
   CUtensorMap contiguous;  // ragged panels, box {64, 64, 1, 1}
   CUtensorMap out[2];      // one per plane
   const bf16* gathered;    // [T, d]
@@ -150,7 +147,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     TurnSlots::init(smem + Layout::kTurns);
   }
   cluster_sync();
-  const int experts = __ldg(&p.header->experts);
+  const int experts = __ldg(&p.turns.header->experts);
 
   if (wg == 0) {
     reg_dec<56>();
@@ -170,14 +167,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
       }
     };
     next_window[0] = next_window[1] = 0;
-    Turns<VarlenKParams> turns(p, smem + Layout::kTurns, experts, rank, tid);
-    ExpertTile next = SpreadExpert(p.work, turns.next()).gather();  // tiles are loaded two ahead, so that nothing here waits for a load
+    Turns<ExpertTurns> turns(p.turns, smem + Layout::kTurns, experts, rank, tid);
+    ExpertTile next = SpreadExpert(p.turns.work, turns.next()).gather();  // tiles are loaded two ahead, so that nothing here waits for a load
     fetch(next, 0);
-    SpreadExpert after(p.work, turns.next());
+    SpreadExpert after(p.turns.work, turns.next());
     while (next.valid) {
       const ExpertTile t = next;
       next = after.gather();
-      after = SpreadExpert(p.work, turns.next());
+      after = SpreadExpert(p.turns.work, turns.next());
       const int group = t.tile / p.columns, blocks = t.blocks(), col0 = (group * 2 + rank) * 128 + (tid % 8) * 8;
       const bool inside[2] = {col0 < p.d, col0 + 64 < p.d};  // columns past the matrix stay as they are and are not stored
       const PanelRange panels(p, t.tile - group * p.columns);
@@ -255,8 +252,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     const uint32_t peer = ring.peer();
     Slot<R> slot;
     float acc[128];
-    bool more = blockIdx.x / 2 < p.order.items(experts);
-    int item = p.order.items(experts) + blockIdx.x / 2;
+    bool more = blockIdx.x / 2 < p.turns.order.items(experts);
+    int item = p.turns.order.items(experts) + blockIdx.x / 2;
     // The producers' tiles, then a share of those of the experts without rows, which no stage announces; an accumulator stays as it is.
     const auto next_tile = [&]() -> OutputTile {
       if (uniform(more)) {
@@ -265,11 +262,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         more = t.more;
         return t;
       }
-      if (p.accumulate || item >= p.order.items(p.experts)) return {-1, 0, 0, 0, 0, false};
-      const TilePlace place = p.order.place(item, 0);
+      if (p.accumulate || item >= p.turns.order.items(p.experts)) return {-1, 0, 0, 0, 0, false};
+      const TilePlace place = p.turns.order.place(item, 0);
       item += gridDim.x / 2;
       const PanelRange panels(p, place.column % p.columns);
-      return {__ldg(&p.work[place.pair].expert), 0, place.column / p.columns, panels.first, panels.count, false};
+      return {__ldg(&p.turns.work[place.pair].expert), 0, place.column / p.columns, panels.first, panels.count, false};
     };
     OutputTile t = next_tile();
     while (uniform(t.expert >= 0)) {
@@ -351,13 +348,9 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.columns = (p.panels + 3) / 4;
   p.wide = std::max(0, p.panels - 3 * p.columns);
   p.accumulate = q.accumulate;
-  p.order = {static_cast<int>((d + 255) / 256) * p.columns};
-  p.counter = q.turns;
   const WorkList work = work_list(q.routing.tiles, s.E);
-  p.header = work.header;
-  p.work = work.experts;
-  const int64_t items = static_cast<int64_t>(E) * p.order.tiles;
-  MACHMOE_CHECK(q.turns, "turns is null, expected a zero on the device: the clusters count in it");
+  p.turns = ExpertTurns::make({static_cast<int>((d + 255) / 256) * p.columns}, work.header, work.experts, q.turns);
+  const int64_t items = static_cast<int64_t>(E) * p.turns.order.tiles;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
   launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, VarlenKLayout::kBytes, stream, p);
 }
