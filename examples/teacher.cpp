@@ -83,7 +83,7 @@ struct Model {
                    {.dscore = dweights.data(), .weights = machmoe::concatenated(layer, w1.grad.data(), w2.grad.data())});
     const machmoe_route r = route();
     const machmoe_route_grad grad{sizeof grad, dweights.data(), nullptr, dlogits.data()};
-    machmoe::check(machmoe_route_backward(&r, &grad, nullptr, nullptr, 0, nullptr, nullptr));
+    machmoe::check(machmoe_route_backward(&r, &grad, nullptr, nullptr, nullptr, nullptr));
     for (int64_t e = 0; e < E; e++)
       for (int64_t j = 0; j < d; j++) {
         float sum = 0;

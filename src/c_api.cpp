@@ -210,7 +210,7 @@ machmoe_status machmoe_route_forward(const machmoe_route* route, void* workspace
 }
 
 machmoe_status machmoe_route_backward(const machmoe_route* route, const machmoe_route_grad* grad, const machmoe_layer* layer,
-                                      const machmoe_routing* routing, int recompute, void* backward_workspace_buffer, void* stream) {
+                                      const machmoe_routing* routing, void* backward_workspace_buffer, void* stream) {
   return guarded([&] {
     const Router r = router_of(route);
     const machmoe_route& p = r.route;
@@ -225,7 +225,7 @@ machmoe_status machmoe_route_backward(const machmoe_route* route, const machmoe_
       MACHMOE_CHECK((l.shape.dtype == DType::F64) == (r.dtype == DType::F64), "logits_dtype is {}, expected F64 with an F64 layer alone",
                     p.logits_dtype);
       MACHMOE_CHECK(backward_workspace_buffer || p.T == 0, "backward_workspace is null, expected that of the machmoe_backward that left dS");
-      args.ds_parts = backward_ds_parts(l.backend, l.shape, recompute != 0, backward_workspace_buffer);
+      args.ds_parts = backward_ds_parts(l.backend, l.shape, backward_workspace_buffer);
       args.parts = l.backend.ds_parts(l.shape);
       args.inverse = routing_of(routing).inverse;
       args.R_cap = l.shape.R_cap;

@@ -74,9 +74,9 @@ size_t backward_workspace(const Backend& b, const Shape& s, bool recompute, uint
   return ws.used();
 }
 
-const void* backward_ds_parts(const Backend& b, const Shape& s, bool recompute, void* workspace) {
+const void* backward_ds_parts(const Backend& b, const Shape& s, void* workspace) {
   Workspace ws(workspace);
-  return book_backward(b, s, recompute, kPhaseActivation, ws).ds_parts;
+  return book_backward(b, s, false, kPhaseActivation, ws).ds_parts;
 }
 
 void backward(const Backend& b, const BackwardArgs& p, Stream stream) {

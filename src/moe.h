@@ -54,7 +54,7 @@ struct BackwardArgs {
 size_t backward_workspace(const Backend&, const Shape&, bool recompute, uint32_t phases);
 void backward(const Backend&, const BackwardArgs&, Stream);
 // dS partials inside the workspace of a backward, for the router's backward.
-const void* backward_ds_parts(const Backend&, const Shape&, bool recompute, void* workspace);
+const void* backward_ds_parts(const Backend&, const Shape&, void* workspace);
 
 // One buffer holds the whole metadata of a routing (what the backward saves beside X and H).
 size_t routing_bytes(const Backend&, const Shape&, bool with_expert);

@@ -107,7 +107,7 @@ TEST(Router, GradientsMatchFiniteDifferences) {
     ASSERT_EQ(MACHMOE_OK, machmoe_route_forward(&r, nullptr, 0, nullptr));
     Tensor dlogits(DType::F64, logits.size());
     const machmoe_route_grad grad{sizeof grad, dweights.data(), daux.data(), dlogits.data()};
-    ASSERT_EQ(MACHMOE_OK, machmoe_route_backward(&r, &grad, nullptr, nullptr, 0, nullptr, nullptr)) << machmoe_last_error();
+    ASSERT_EQ(MACHMOE_OK, machmoe_route_backward(&r, &grad, nullptr, nullptr, nullptr, nullptr)) << machmoe_last_error();
     const auto loss = [&] {
       const Routed out = route(c, logits);
       double sum = daux.get(0) * out.aux.get(0);

@@ -319,7 +319,7 @@ Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor
   const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, ids.size(1), ids, weights, counts);
   const machmoe_route_grad g{sizeof g, data(dweights), data(daux), data(dlogits)};
-  if (logits.numel()) check(machmoe_route_backward(&r, &g, nullptr, nullptr, 0, nullptr, launch.stream()));
+  if (logits.numel()) check(machmoe_route_backward(&r, &g, nullptr, nullptr, nullptr, launch.stream()));
   return dlogits;
 }
 
@@ -466,10 +466,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, Tensor(), accum_of(l.layer.dtype), g);
-  const bool recompute = io.h == nullptr;
   size_t workspace_bytes = 0;
   constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
-  const Tensor workspace = backward_workspace(l.layer, x, recompute, {kFirst, kLast}, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, {kFirst, kLast}, workspace_bytes);
   const auto run = [&](uint32_t phases) {
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };
@@ -477,7 +476,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, K, ids, weights, route_counts);
   const machmoe_route_grad route_grad{sizeof route_grad, nullptr, data(daux), data(dlogits)};
-  check(machmoe_route_backward(&r, &route_grad, &l.layer, &l.routing, recompute, data(workspace), launch.stream()));
+  check(machmoe_route_backward(&r, &route_grad, &l.layer, &l.routing, data(workspace), launch.stream()));
   const Tensor router_dx = product(dlogits, router_w);
   const Tensor drouter_w = product(torch::stable::transpose(dlogits, 0, 1), x);
   io.addend = data(router_dx);

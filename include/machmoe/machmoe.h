@@ -147,9 +147,9 @@ typedef struct machmoe_route_grad {
   const void* daux;     /* [1] F32 (F64), optional */
   void* dlogits;        /* [T, E] logits_dtype */
 } machmoe_route_grad;
-/* layer, routing, recompute, backward_workspace: those of the machmoe_backward that left dS; all null or 0 when dweights is given. */
+/* layer, routing, backward_workspace: those of the machmoe_backward that left dS; all null when dweights is given. */
 MACHMOE_API machmoe_status machmoe_route_backward(const machmoe_route*, const machmoe_route_grad*, const machmoe_layer*, const machmoe_routing*,
-                                                  int recompute, void* backward_workspace, void* stream);
+                                                  void* backward_workspace, void* stream);
 
 /* ---- routing metadata ---------------------------------------------------------------------------------------------------- */
 MACHMOE_API machmoe_status machmoe_routing_bytes(const machmoe_layer*, int with_expert, size_t* metadata_bytes, size_t* workspace_bytes);
