@@ -79,7 +79,7 @@ struct Model {
   }
   void backward(const Floats& x, const Floats& d_o) {
     Floats dweights(T * K), dlogits(T * E);
-    layer.backward(routing, machmoe::concatenated(layer, w1.value.data(), w2.value.data()), saved, x.data(), d_o.data(),
+    layer.backward(routing, machmoe::concatenated(layer, w1.value.data(), w2.value.data()), std::move(saved), x.data(), d_o.data(),
                    {.dscore = dweights.data(), .weights = machmoe::concatenated(layer, w1.grad.data(), w2.grad.data())});
     const machmoe_route r = route();
     const machmoe_route_grad grad{sizeof grad, dweights.data(), nullptr, dlogits.data()};

@@ -291,7 +291,7 @@ machmoe_status machmoe_rounded_capacity(int64_t T, int64_t E, int64_t K, int64_t
     MACHMOE_CHECK(tile >= 1 && tile <= (int64_t{1} << 20), "tile is {}, expected 1 .. 2^20 rows", tile);
     MACHMOE_CHECK(rule >= MACHMOE_NR_F && rule <= MACHMOE_BALANCE_F, "rule is {}, expected a machmoe_rounding value", rule);
     const int64_t capacity = rounded_capacity(T, E, K, tile, static_cast<RoundingRule>(rule));
-    MACHMOE_CHECK(capacity < kMax - kSlackRows, "the capacity is {} rows, expected less than 2^31: split the batch", capacity);
+    MACHMOE_CHECK(capacity <= kMaxRows, "the capacity is {} rows, expected at most {}: split the batch", capacity, kMaxRows);
     out(row_capacity, "row_capacity") = capacity;
   });
 }
@@ -342,10 +342,10 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
   });
 }
 
-machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int recompute, uint32_t phases, size_t* bytes) {
+machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int with_dh, uint32_t phases, size_t* bytes) {
   return guarded([&] {
     const Layer l = experts_layer(layer);
-    out(bytes, "bytes") = backward_workspace(l.backend, l.shape, recompute != 0, phases);
+    out(bytes, "bytes") = backward_workspace(l.backend, l.shape, with_dh != 0, phases);
   });
 }
 
@@ -358,7 +358,8 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
                   "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
     MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
                   phases);
-    check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.h == nullptr, phases));
+    check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.dh != nullptr, phases));
+    check_buffer(l.backend, g.dh, "io.dh");
     const WeightGrads grads{mutable_view(g.dw1_gate),
                             mutable_view(g.dw1_up),
                             mutable_view(g.dw2),
@@ -369,7 +370,7 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
                             g.accumulate != 0};
     backward(l.backend,
              {l.shape, routing_of(routing), weights_of(weights), g.x, g.h, g.d_o, g.addend, g.dx, g.dscore,
-              dtype_of(g.dscore_dtype, "io.dscore_dtype"), grads, phases, workspace},
+              dtype_of(g.dscore_dtype, "io.dscore_dtype"), grads, phases, workspace, g.dh},
              {stream});
   });
 }

@@ -6,12 +6,6 @@
 namespace machmoe {
 namespace {
 
-// A row buffer with kSlackRows mapped rows before it.
-void* take_with_slack(Workspace& ws, int64_t rows, size_t pitch) {
-  auto* base = static_cast<uint8_t*>(ws.take(static_cast<size_t>(rows + kSlackRows) * pitch));
-  return base ? base + static_cast<size_t>(kSlackRows) * pitch : nullptr;
-}
-
 struct ForwardBuffers {
   void *a, *y;      // [R_cap, n], [R_cap, d]
   uint32_t* turns;  // [1]
@@ -24,23 +18,26 @@ ForwardBuffers book_forward(const Shape& s, Workspace& ws) {
 }
 
 struct BackwardBuffers {
-  void* ds_parts;      // [parts][R_cap]
-  void *dh, *a_prime;  // [R_cap, planes, n], [R_cap, n]
-  void* dx_rows;       // [R_cap, d]
-  void* h;             // recompute only
-  uint32_t* turns;     // [2]: of the products over rows, of the weight gradients, which may run beside them
+  uint32_t* turns;  // [2]: of the products over rows, of the weight gradients, which may run beside them
+  void* ds_parts;   // [parts][R_cap]
+  void* dh;         // [R_cap, planes, n]; the rebuilt H before it
+  void* a_prime;    // [R_cap, n]
+  void* dx_rows;    // [R_cap, d]
 };
-// What a call of these phases touches. When dX~ is written the rebuilt H has been read, and A' too if its gradient is in the same call: they lie under it.
-BackwardBuffers book_backward(const Backend& b, const Shape& s, bool recompute, uint32_t phases, Workspace& ws) {
-  const size_t element = size_of(s.dtype), row = static_cast<size_t>(s.R_cap) * element;
+// What a call of these phases touches, dH left out where the caller has it. When dX~ is written dS has been summed, and A' read if its gradient is in
+// the same call: dX~ lies over them.
+BackwardBuffers book_backward(const Backend& b, const Shape& s, bool with_dh, uint32_t phases, Workspace& ws) {
+  const size_t row = static_cast<size_t>(s.R_cap) * size_of(s.dtype);
   BackwardBuffers buf{};
   buf.turns = ws.take<uint32_t>(2);
-  buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
-  buf.dh = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.planes() * s.n) * element);
   Workspace over = ws;
-  buf.a_prime = take_with_slack(ws, s.R_cap, static_cast<size_t>(s.n) * element);
+  buf.ds_parts = ws.take(static_cast<size_t>(b.ds_parts(s)) * s.R_cap * size_of(s.accum()));
+  if (!with_dh) {
+    buf.dh = ws.take(row * s.planes() * s.n);
+    over = ws;
+  }
+  buf.a_prime = ws.take(row * s.n);
   if (!(phases & kPhaseWeight)) over = ws;
-  if (recompute && (phases & kPhaseActivation)) buf.h = ws.take(row * s.planes() * s.n);
   if ((phases & kPhaseInput) && s.kind != RoutingKind::Rows) buf.dx_rows = over.take(row * s.d);
   ws.cover(over);
   return buf;
@@ -65,12 +62,12 @@ void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
   b.clear(buf.turns, sizeof *buf.turns, stream);
   b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, p.h, buf.a, buf.turns}, stream);
   b.down_proj({p.shape, p.routing, buf.a, w.w2, w.b2, y, buf.turns}, stream);
-  if (!rows) b.aggregate({p.shape, p.routing, y, true, w.b2, p.addend, p.o, {}}, stream);
+  if (!rows) b.aggregate({p.shape, p.routing, y, true, w.b2, p.addend, p.o}, stream);
 }
 
-size_t backward_workspace(const Backend& b, const Shape& s, bool recompute, uint32_t phases) {
+size_t backward_workspace(const Backend& b, const Shape& s, bool with_dh, uint32_t phases) {
   Workspace ws;
-  book_backward(b, s, recompute, phases, ws);
+  book_backward(b, s, with_dh, phases, ws);
   return ws.used();
 }
 
@@ -82,20 +79,17 @@ const void* backward_ds_parts(const Backend& b, const Shape& s, void* workspace)
 void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
   b.check_shape(p.shape);
   Workspace ws(p.workspace);
-  const bool recompute = p.h == nullptr;
-  const BackwardBuffers buf = book_backward(b, p.shape, recompute, p.phases, ws);
+  BackwardBuffers buf = book_backward(b, p.shape, p.dh != nullptr, p.phases, ws);
+  if (p.dh) buf.dh = p.dh;
   const Weights& w = p.weights;
   const WeightGrads& g = p.grads;
   const bool rows = p.shape.kind == RoutingKind::Rows;
 
   if (p.phases & kPhaseActivation) {
-    const void* h = p.h;
     b.clear(buf.turns, 2 * sizeof *buf.turns, stream);
-    if (recompute) {
-      b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, buf.h, nullptr, buf.turns}, stream);
-      h = buf.h;
-    }
-    b.down_proj_bwd({p.shape, p.routing, p.d_o, w.w2, w.b2, h, buf.dh, buf.a_prime, buf.ds_parts, buf.turns}, stream);
+    if (!p.h) b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, buf.dh, nullptr, buf.turns}, stream);
+    b.down_proj_bwd({p.shape, p.routing, p.d_o, w.w2, w.b2, p.h ? p.h : buf.dh, buf.dh, buf.a_prime, buf.ds_parts, buf.turns}, stream);
+    if (p.dscore) b.score_grad({p.shape, p.routing, buf.ds_parts, b.ds_parts(p.shape), p.dscore, p.dscore_dtype}, stream);
   }
   if ((p.phases & kPhaseWeight) && g.dw2.base)
     b.weight_grad_w2({p.shape, p.routing, p.d_o, buf.a_prime, g.dw2, g.dtype, g.accumulate, buf.turns + 1}, stream);
@@ -105,11 +99,7 @@ void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
     if (g.dw1_up.base) b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate, buf.turns + 1}, stream);
     if (g.db1_up.base || g.db2.base) b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
   }
-  if (p.phases & kPhaseInput) {
-    const ScoreGradArgs score{p.shape, p.routing, buf.ds_parts, b.ds_parts(p.shape), p.dscore, p.dscore_dtype};
-    if (p.dx && !rows) b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx, score}, stream);
-    else if (p.dscore) b.score_grad(score, stream);
-  }
+  if ((p.phases & kPhaseInput) && p.dx && !rows) b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx}, stream);
 }
 
 namespace {

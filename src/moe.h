@@ -44,14 +44,15 @@ struct BackwardArgs {
   const void* d_o;     // [T, d]
   const void* addend;  // [T, d] added to dX, or null (the router's dX)
   void* dx;            // [T, d], null: not wanted
-  void* dscore;        // TopK [T, K], else [R_cap]; null: not wanted; written in phase Input, with or without dx
+  void* dscore;        // TopK [T, K], else [R_cap]; null: not wanted; written in phase Activation
   DType dscore_dtype;
   WeightGrads grads;
   uint32_t phases;
   void* workspace;  // backward_workspace() bytes for each call on it
+  void* dh;         // [R_cap, planes, n] takes dH in every phase, and may be h itself; null: it lies in the workspace
 };
 // phases: of one call. A workspace for several has the largest of their sizes: least where Weight and Input are one call.
-size_t backward_workspace(const Backend&, const Shape&, bool recompute, uint32_t phases);
+size_t backward_workspace(const Backend&, const Shape&, bool with_dh, uint32_t phases);
 void backward(const Backend&, const BackwardArgs&, Stream);
 // dS partials inside the workspace of a backward, for the router's backward.
 const void* backward_ds_parts(const Backend&, const Shape&, void* workspace);

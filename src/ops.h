@@ -7,8 +7,8 @@
 
 namespace machmoe {
 
-// Ragged TMA loads shift their base back by one box: this many rows of mapped memory stand before A' and dH in a workspace.
-constexpr int64_t kSlackRows = 64;
+// Kernels number rows in int32 and look ahead by a few tiles.
+constexpr int64_t kMaxRows = (int64_t{1} << 31) - 512;
 
 // All pointers are memory of the backend's device.
 struct Routing {
@@ -149,12 +149,11 @@ struct ScoreGradArgs {
 struct AggregateArgs {
   Shape shape;
   Routing routing;
-  const void* y;             // [R_cap, d]
-  bool weighted;             // true: O = sum s y; false: dX = sum y
-  ConstBias b2;              // weighted only, base null: none
-  const void* addend;        // [T, d] dtype, null: none
-  void* out;                 // [T, d]
-  ScoreGradArgs score_grad;  // done beside the sum when dscore is not null
+  const void* y;       // [R_cap, d]
+  bool weighted;       // true: O = sum s y; false: dX = sum y
+  ConstBias b2;        // weighted only, base null: none
+  const void* addend;  // [T, d] dtype, null: none
+  void* out;           // [T, d]
 };
 // dH kernel: dA' = gather(dO) W2; A = act(H); dS = <dA', A> + <dO, b2>; dH = act'(H) s dA'; A' = s A.
 struct DownProjBwdArgs {
@@ -164,8 +163,8 @@ struct DownProjBwdArgs {
   ConstWeight w2;             // [E, d, n]
   ConstBias b2;               // [E, d], base null: none
   const void* h;              // [R_cap, planes, n]
-  void* dh;                   // [R_cap, planes, n], kSlackRows mapped rows before it
-  void* a_prime;              // [R_cap, n], likewise
+  void* dh;                   // [R_cap, planes, n]; may be h itself
+  void* a_prime;              // [R_cap, n]
   void* ds_parts;             // [Backend::ds_parts(shape)][R_cap] accum
   uint32_t* turns = nullptr;  // [1]
 };
@@ -183,7 +182,7 @@ struct WeightGradW2Args {  // dW2_e = gather(dO)^T A'
   Shape shape;
   Routing routing;
   const void* d_o;            // [T, d]
-  const void* a_prime;        // [R_cap, n], kSlackRows mapped rows before it
+  const void* a_prime;        // [R_cap, n]
   MutableWeight dw2;          // [E, d, n] out_dtype
   DType out_dtype;            // dtype or F32
   bool accumulate;            // dw2 += ...
@@ -193,7 +192,7 @@ struct WeightGradW1Args {  // dW1_e = dH^T gather(X)
   Shape shape;
   Routing routing;
   const void* x;                   // [T, d]
-  const void* dh;                  // [R_cap, planes, n], kSlackRows mapped rows before it
+  const void* dh;                  // [R_cap, planes, n]
   MutableWeight dw1_gate, dw1_up;  // [E, n, d] each, out_dtype
   DType out_dtype;
   bool accumulate;

@@ -62,6 +62,7 @@ struct RunOptions {
   int threads = 2;
   std::optional<DType> grad_dtype = std::nullopt;  // else the layer's
   std::optional<double> accumulate_on = std::nullopt;
+  bool dh_over_h = false;
 };
 
 // All nine ops. Outputs start as NaN; rows past R, which only Rows defines, come back as zero.
@@ -86,21 +87,16 @@ Outputs run_ops(const Inputs& in, const RunOptions& o = {}) {
   backend.up_proj(
       {s, r, in.p.x.data(), view(w.w1_gate), view(w.w1_up), view(w.b1_gate), view(w.b1_up), per_row("H", s.planes() * s.n), per_row("A", s.n)}, {});
   backend.down_proj({s, r, in.a.data(), view(w.w2), view(w.b2), per_row("Y", s.d)}, {});
-  const size_t slack = static_cast<size_t>(kSlackRows * s.planes() * s.n) * size_of(s.dtype), dh_bytes = in.dh.size() * size_of(s.dtype);
-  Buffer dh(slack + dh_bytes), a_prime(slack + dh_bytes);
-  std::byte *dh_rows = static_cast<std::byte*>(dh.data()) + slack, *a_prime_rows = static_cast<std::byte*>(a_prime.data()) + slack;
-  backend.down_proj_bwd(
-      {s, r, in.p.d_o.data(), view(w.w2), view(w.b2), in.h.data(), dh_rows, a_prime_rows, fresh("dS part", Axis::Row, s.accum(), s.R_cap)}, {});
-  std::copy_n(dh_rows, dh_bytes, static_cast<std::byte*>(per_row("dH", s.planes() * s.n)));
-  std::copy_n(a_prime_rows, in.a_prime.size() * size_of(s.dtype), static_cast<std::byte*>(per_row("A'", s.n)));
+  void* dh = per_row("dH", s.planes() * s.n);
+  if (o.dh_over_h) std::copy_n(static_cast<const std::byte*>(in.h.data()), in.h.size() * size_of(s.dtype), static_cast<std::byte*>(dh));
+  backend.down_proj_bwd({s, r, in.p.d_o.data(), view(w.w2), view(w.b2), o.dh_over_h ? dh : in.h.data(), dh, per_row("A'", s.n),
+                         fresh("dS part", Axis::Row, s.accum(), s.R_cap)},
+                        {});
   backend.up_proj_bwd({s, r, in.dh.data(), view(w.w1_gate), view(w.w1_up), per_row("dX~", s.d)}, {});
-  const ScoreGradArgs score_grad{s,        r, in.ds_parts.data(), Inputs::kParts, fresh("dS", rows_kind ? Axis::Row : Axis::Slot, s.accum(), s.R_cap),
-                                 s.accum()};
-  if (rows_kind) {
-    backend.score_grad(score_grad, {});
-  } else {
-    backend.aggregate({s, r, in.y.data(), true, view(w.b2), in.p.addend.data(), fresh("O", Axis::Token, s.dtype, s.T * s.d), {}}, {});
-    backend.aggregate({s, r, in.y.data(), false, {}, nullptr, fresh("dX", Axis::Token, s.dtype, s.T * s.d), score_grad}, {});
+  backend.score_grad({s, r, in.ds_parts.data(), Inputs::kParts, fresh("dS", rows_kind ? Axis::Row : Axis::Slot, s.accum(), s.R_cap), s.accum()}, {});
+  if (!rows_kind) {
+    backend.aggregate({s, r, in.y.data(), true, view(w.b2), in.p.addend.data(), fresh("O", Axis::Token, s.dtype, s.T * s.d)}, {});
+    backend.aggregate({s, r, in.y.data(), false, {}, nullptr, fresh("dX", Axis::Token, s.dtype, s.T * s.d)}, {});
   }
 
   const DType grad = o.grad_dtype.value_or(s.dtype);
@@ -233,6 +229,8 @@ TEST_P(ExpertsOps, AreBitEqualForEveryThreadCount) {
     for (int threads : {2, 3}) EXPECT_TRUE(run_ops(in, {.engine = engine, .threads = threads}) == one) << name << ", " << threads << " threads";
   }
 }
+
+TEST_P(ExpertsOps, DHMayTakeThePlaceOfH) { EXPECT_TRUE(run_ops(in, {.dh_over_h = true}) == run_ops(in)); }
 
 std::string case_name(const testing::TestParamInfo<std::tuple<Case, DType>>& test) {
   const char* const dtypes[] = {"F32", "BF16", "F16", "F64"};

@@ -154,6 +154,7 @@ inline void build_routing(const Problem& p, RoutingBuffer& out) {
 
 struct Options {
   bool recompute = false;
+  bool dh_over_h = false;
   bool addend = false;
   bool accumulate = false;                         // onto gradients of one
   std::optional<DType> grad_dtype = std::nullopt;  // else the layer's
@@ -202,10 +203,10 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   io.accumulate = options.accumulate;
   io.dw1_gate = grads.views.w1_gate, io.dw1_up = grads.views.w1_up, io.dw2 = grads.views.w2;
   io.db1_gate = grads.views.b1_gate, io.db1_up = grads.views.b1_up, io.db2 = grads.views.b2;
-  const bool recompute = forward.h == nullptr || s.R_cap == 0;
+  io.dh = options.dh_over_h ? h.data() : nullptr;
   size_t largest = 0;
   for (uint32_t phases : options.phases) {
-    MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, recompute, phases, &bytes));
+    MACHMOE_OK_OR_FAIL(machmoe_backward_workspace_bytes(&layer, io.dh != nullptr, phases, &bytes));
     largest = std::max(largest, bytes);
   }
   bytes = largest;

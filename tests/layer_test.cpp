@@ -77,33 +77,39 @@ TEST(Layer, LayoutsOfW1AreBitEqual) {
 
 TEST(Layer, PhasesCalledApartGiveTheBitsOfOneCall) {
   constexpr uint32_t kActivation = MACHMOE_PHASE_ACTIVATION, kWeight = MACHMOE_PHASE_WEIGHT, kInput = MACHMOE_PHASE_INPUT;
-  for (RoutingKind kind : {RoutingKind::TopK, RoutingKind::Rows})
-    for (bool recompute : {false, true}) {
-      const Problem p = make_problem({.name = "Phases", .kind = kind, .bias = true}, DType::BF16);
-      Results at_once, r;
-      ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute}, at_once));
-      for (const auto& phases : {std::vector{kActivation, kWeight, kInput},
+  for (RoutingKind kind : {RoutingKind::TopK, RoutingKind::Rows}) {
+    const Problem p = make_problem({.name = "Phases", .kind = kind, .bias = true}, DType::BF16);
+    Results at_once, r;
+    ASSERT_NO_FATAL_FAILURE(run_layer(p, {}, at_once));
+    for (const Options& options : {Options{}, Options{.recompute = true}, Options{.dh_over_h = true}})
+      for (const auto& phases : {std::vector{kActivation | kWeight | kInput},
+                                 {kActivation, kWeight, kInput},
                                  {kActivation, kInput, kWeight},
                                  {kActivation | kInput, kWeight},
                                  {kActivation, kWeight | kInput}}) {
-        ASSERT_NO_FATAL_FAILURE(run_layer(p, {.recompute = recompute, .phases = phases}, r));
+        Options apart = options;
+        apart.phases = phases;
+        ASSERT_NO_FATAL_FAILURE(run_layer(p, apart, r));
         EXPECT_TRUE(r == at_once);
       }
-    }
+  }
 }
 
-TEST(Layer, DXTildeLiesOverAPrimeWhereTheWeightGradientIsInTheSameCall) {
+TEST(Layer, DXTildeLiesOverWhatHasBeenRead) {
   const Problem p = make_problem({.name = "Phases"}, DType::BF16);
   const machmoe_layer layer = layer_of(p.shape);
-  const auto bytes = [&](uint32_t phases) {
+  const auto bytes = [&](uint32_t phases, bool with_dh = false) {
     size_t size = 0;
-    EXPECT_EQ(MACHMOE_OK, machmoe_backward_workspace_bytes(&layer, 0, phases, &size));
+    EXPECT_EQ(MACHMOE_OK, machmoe_backward_workspace_bytes(&layer, with_dh, phases, &size));
     return static_cast<int64_t>(size);
   };
-  const auto a_prime = p.shape.R_cap * p.shape.n * 2, dx_rows = p.shape.R_cap * p.shape.d * 2;
+  const auto a_prime = p.shape.R_cap * p.shape.n * 2, dx_rows = p.shape.R_cap * p.shape.d * 2, dh = 2 * a_prime, ds = p.shape.R_cap * 4;
   EXPECT_GE(bytes(MACHMOE_PHASE_INPUT), bytes(MACHMOE_PHASE_WEIGHT) + dx_rows);
   EXPECT_EQ(bytes(MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT), bytes(MACHMOE_PHASE_ALL));
   EXPECT_LE(bytes(MACHMOE_PHASE_ALL), bytes(MACHMOE_PHASE_INPUT) - std::min(a_prime, dx_rows));
+  EXPECT_LE(bytes(MACHMOE_PHASE_ALL, true), bytes(MACHMOE_PHASE_ALL) - dh);
+  ASSERT_LE(dx_rows, ds + a_prime);
+  EXPECT_EQ(bytes(MACHMOE_PHASE_ALL, true), bytes(MACHMOE_PHASE_ACTIVATION, true));
 }
 
 TEST(Layer, WeightGradientsAccumulateInFp32) {

@@ -395,38 +395,38 @@ WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tens
   return g;
 }
 
-machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Optional& h, const Optional& addend, const Tensor& dx, const Tensor& dscore,
+machmoe_backward_io backward_io(const Tensor& d_o, const Optional& dh, const Tensor& x, const Optional& h, const Tensor& dx, const Tensor& dscore,
                                 int32_t dscore_dtype, const WeightGrads& g) {
   machmoe_backward_io io{};
   io.struct_size = sizeof io;
   io.x = data(x);
   io.h = data(h);
   io.d_o = data(d_o);
-  io.addend = data(addend);
   io.dx = data(dx);
   io.dscore = data(dscore);
   io.dscore_dtype = dscore_dtype;
   io.grad_dtype = dtype_of(x, "x");
   io.dw1_gate = g.views.w1_gate, io.dw1_up = g.views.w1_up, io.dw2 = g.views.w2;
   io.db1_gate = g.views.b1_gate, io.db1_up = g.views.b1_up, io.db2 = g.views.b2;
+  io.dh = data(dh);
   return io;
 }
 // For calls of these phases, one after the other.
-Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool recompute, std::initializer_list<uint32_t> calls, size_t& size) {
+Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool with_dh, std::initializer_list<uint32_t> calls, size_t& size) {
   size = 0;
   for (const uint32_t phases : calls) {
     size_t needed = 0;
-    check(machmoe_backward_workspace_bytes(&layer, recompute, phases, &needed));
+    check(machmoe_backward_workspace_bytes(&layer, with_dh, phases, &needed));
     size = std::max(size, needed);
   }
   return workspace_of(like, size);
 }
 
-// score_dtype: of topk_weights or score; negative: its gradient is not wanted.
+// dh: takes dH, h itself where H is not needed again. score_dtype: of topk_weights or score; negative: its gradient is not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    const Tensor& d_o, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
-    const Optional& b2, const Optional& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
-    int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
+    const Tensor& d_o, const Optional& dh, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
+    const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind,
+    int64_t K, int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
     int64_t score_dtype) {
   const Launch launch(x);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, K, row_capacity_of(x, score, kind, K), activation, alpha, limit, interleaved);
@@ -438,9 +438,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   const Tensor dscore = score_dtype < 0        ? Tensor()
                         : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype)
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
-  const machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, dscore, dscore_dtype, g);
+  const machmoe_backward_io io = backward_io(d_o, dh, x, h, dx, dscore, dscore_dtype, g);
   size_t workspace_bytes = 0;
-  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, {MACHMOE_PHASE_ALL}, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {MACHMOE_PHASE_ALL}, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
@@ -455,20 +455,20 @@ Tensor product(const Tensor& a, const Tensor& b) {
 
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
-    const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
-    const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids,
-    const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1,
-    bool need_w2, bool need_b1, bool need_b2) {
+    const Tensor& d_o, const Optional& dh, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up,
+    const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Tensor& logits,
+    const Tensor& ids, const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit,
+    bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
   const Launch launch(x);
   const int64_t K = ids.size(1);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, K, ids.numel(), activation, alpha, limit, interleaved);
   use_routing(l, metadata, std::nullopt, std::nullopt);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
-  machmoe_backward_io io = backward_io(d_o, x, h, std::nullopt, dx, Tensor(), accum_of(l.layer.dtype), g);
+  machmoe_backward_io io = backward_io(d_o, dh, x, h, dx, Tensor(), accum_of(l.layer.dtype), g);
   size_t workspace_bytes = 0;
   constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
-  const Tensor workspace = backward_workspace(l.layer, x, io.h == nullptr, {kFirst, kLast}, workspace_bytes);
+  const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {kFirst, kLast}, workspace_bytes);
   const auto run = [&](uint32_t phases) {
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };
@@ -505,14 +505,16 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
       "topk_experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor ids, "
       "Tensor weights, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "experts_backward(Tensor d_o, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? h, Tensor "
+      "experts_backward(Tensor d_o, Tensor(a!)? dh, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? h, "
+      "Tensor "
       "metadata, "
       "Tensor? counts, "
       "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool "
       "need_b1, "
       "bool need_b2, int score_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "layer_backward(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? "
+      "layer_backward(Tensor d_o, Tensor(a!)? dh, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? "
+      "b1_up, Tensor? "
       "b2, Tensor? h, "
       "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool "
       "interleaved, "

@@ -208,15 +208,17 @@ typedef struct machmoe_backward_io {
   const void* d_o;                      /* [T, d] */
   const void* addend;                   /* [T, d] added to dX, optional; not with ROWS */
   void* dx;                             /* [T, d], optional */
-  void* dscore;                         /* TOPK: [T, K], else [row_capacity]; optional; written in phase INPUT */
+  void* dscore;                         /* TOPK: [T, K], else [row_capacity]; optional; written in phase ACTIVATION */
   int32_t dscore_dtype;                 /* F32, BF16, F16, F64 */
   int32_t grad_dtype;                   /* of the weight and bias gradients: the layer's dtype or F32 */
   int32_t accumulate;                   /* 1: gradients are added to what is there */
   machmoe_matrix dw1_gate, dw1_up, dw2; /* base null: not wanted */
   machmoe_vector db1_gate, db1_up, db2;
+  void* dh; /* [row_capacity, 2 or 1, n] takes dH, the same in every phase, optional: the workspace does else. h itself where H is not needed again */
 } machmoe_backward_io;
-/* phases: of one call. A workspace for several calls has the largest of their sizes; dX~ lies over A' where INPUT and WEIGHT are one call. */
-MACHMOE_API machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer*, int recompute, uint32_t phases, size_t* bytes);
+/* with_dh: io.dh is given. phases: of one call. A workspace for several calls has the largest of their sizes; dX~ lies over A' where INPUT and
+ * WEIGHT are one call. */
+MACHMOE_API machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer*, int with_dh, uint32_t phases, size_t* bytes);
 MACHMOE_API machmoe_status machmoe_backward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_backward_io*,
                                             uint32_t phases, void* workspace, size_t bytes, void* stream);
 

@@ -159,8 +159,19 @@ class Layer {
 
   void backward(const Routing& routing, const machmoe_weights& weights, const Saved& saved, const void* x, const void* d_o,
                 const Gradients& g) const {
+    backward(routing, weights, saved, nullptr, x, d_o, g);
+  }
+  // The last backward of these H: dH takes their place, so that no memory for it is needed.
+  void backward(const Routing& routing, const machmoe_weights& weights, Saved&& saved, const void* x, const void* d_o, const Gradients& g) const {
+    backward(routing, weights, saved, saved.h.data(), x, d_o, g);
+    saved = {};
+  }
+
+ private:
+  void backward(const Routing& routing, const machmoe_weights& weights, const Saved& saved, void* dh, const void* x, const void* d_o,
+                const Gradients& g) const {
     size_t bytes = 0;
-    check(machmoe_backward_workspace_bytes(&descriptor_, saved.h.data() == nullptr, MACHMOE_PHASE_ALL, &bytes));
+    check(machmoe_backward_workspace_bytes(&descriptor_, dh != nullptr, MACHMOE_PHASE_ALL, &bytes));
     const Buffer workspace(options_.allocator, bytes);
     machmoe_backward_io io{};
     io.struct_size = sizeof io;
@@ -175,10 +186,9 @@ class Layer {
     io.accumulate = g.accumulate;
     io.dw1_gate = g.weights.w1_gate, io.dw1_up = g.weights.w1_up, io.dw2 = g.weights.w2;
     io.db1_gate = g.weights.b1_gate, io.db1_up = g.weights.b1_up, io.db2 = g.weights.b2;
+    io.dh = dh;
     check(machmoe_backward(&descriptor_, &routing.views(), &weights, &io, MACHMOE_PHASE_ALL, workspace.data(), bytes, options_.stream));
   }
-
- private:
   template <class Fill>
   Routing make_routing(Fill&& fill) const {
     size_t bytes = 0, scratch_bytes = 0;

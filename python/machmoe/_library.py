@@ -124,7 +124,7 @@ def _like(tensor, needed):
 
 
 @torch.library.register_fake("machmoe::experts_backward")
-def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k, activation, alpha, limit, interleaved,
+def _(d_o, dh, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k, activation, alpha, limit, interleaved,
       need_dx, need_w1, need_w2, need_b1, need_b2, score_dtype):  # fmt: skip
     shape = (x.shape[0], k) if kind == TOPK else score.shape if kind == LISTS else x.shape[:1]
     dscore = x.new_empty(shape, dtype=_FLOATS[score_dtype]) if score_dtype >= 0 else None
@@ -133,7 +133,7 @@ def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k,
 
 
 @torch.library.register_fake("machmoe::layer_backward")
-def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
+def _(d_o, dh, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
       interleaved, need_w1, need_w2, need_b1, need_b2):  # fmt: skip
     pairs = ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
     return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair) for pair in pairs)

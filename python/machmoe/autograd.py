@@ -11,6 +11,15 @@ def saves_h(recompute):
     return torch.is_grad_enabled() and not recompute
 
 
+# torch's own, of its compiled backwards. Without it every graph counts as retained.
+retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def place_of_dh(h):
+    """H, where this backward is its last reader: dH may take its place. Not while the graph is retained or traced."""
+    return None if torch.compiler.is_compiling() or retains_graph() else h
+
+
 class Experts(torch.autograd.Function):
     """`routing` is the ids of a top-K routing, the metadata of any other. Saved: x, the weights themselves, H (unless recompute), metadata, and the
     scores of general routings."""
@@ -32,10 +41,10 @@ class Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o):
-        need = ctx.needs_input_grad
+        need, saved = ctx.needs_input_grad, ctx.saved_tensors
         d_o = d_o.contiguous()
         *grads, dscore = ops.experts_backward(
-            d_o, *ctx.saved_tensors, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6],
+            d_o, place_of_dh(saved[7]), *saved, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6],
             ctx.score_dtype if need[8] else -1,
         )  # fmt: skip
         return *grads, d_o if need[7] else None, dscore, None, None, None, None, None
@@ -76,9 +85,9 @@ class Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o, daux):
-        d_o = torch.zeros_like(ctx.saved_tensors[0]) if d_o is None else d_o.contiguous()
-        need = ctx.needs_input_grad
+        need, saved = ctx.needs_input_grad, ctx.saved_tensors
+        d_o = torch.zeros_like(saved[0]) if d_o is None else d_o.contiguous()
         dx, drouter_w, *grads = ops.layer_backward(
-            d_o, daux, *ctx.saved_tensors, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]
+            d_o, place_of_dh(saved[8]), daux, *saved, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]
         )
         return dx, *grads, d_o if need[7] else None, drouter_w, None, None, None, None

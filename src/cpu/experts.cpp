@@ -162,7 +162,7 @@ void down_proj_of(const DownProjArgs& p) {
   if (rows_kind) zero_rows_past<T>(p.routing.offsets[s.E], s, p.y);
 }
 
-// ---- O, dX and dS ----------------------------------------------------------------------------------------------------------------
+// ---- dS, O and dX ----------------------------------------------------------------------------------------------------------------
 template <class Accum, class Out>
 void score_grad_of(const ScoreGradArgs& p) {
   const Shape& s = p.shape;
@@ -205,7 +205,6 @@ void aggregate_of(const AggregateArgs& p) {
       for (int64_t j = 0; j < d; j++) out[j] = static_cast<T>(sum[j]);
     }
   });
-  if (p.score_grad.dscore) score_grad(p.score_grad, {});
 }
 
 // ---- dH, A' and dS ---------------------------------------------------------------------------------------------------------------

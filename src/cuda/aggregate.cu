@@ -1,7 +1,6 @@
-// O and dX: every token gathers its rows and adds them in slot order. One block a token, 16 bytes a thread; dS rides along, shared out among all threads.
+// O and dX: every token gathers its rows and adds them in slot order. One block a token, 16 bytes a thread.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/score_grad.cuh"
 #include "cuda/vector.cuh"
 
 namespace machmoe::cuda {
@@ -15,7 +14,6 @@ struct AggregateParams {
   const bf16 *y, *addend, *b2;
   int64_t b2_stride, b2_expert_stride;
   bf16* out;
-  ScoreGradParams score_grad;
 };
 
 __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
@@ -34,7 +32,6 @@ __global__ void __launch_bounds__(256, kRows == 2 ? 8
                                        : kBias    ? 4
                                                   : 5) aggregate_kernel(const __grid_constant__ AggregateParams p) {
   const int64_t t = blockIdx.x;
-  if (!kWeighted && p.score_grad.dscore) p.score_grad.write(t * blockDim.x + threadIdx.x, p.T * blockDim.x);
   const int begin = p.topk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = p.topk ? begin + p.K : p.routing.token_offsets[t + 1];
   const auto* score = static_cast<const float*>(p.routing.score);
   for (int column = static_cast<int>(threadIdx.x) * 8; column < p.d; column += static_cast<int>(blockDim.x) * 8) {
@@ -74,10 +71,7 @@ __global__ void __launch_bounds__(256, kRows == 2 ? 8
 
 void aggregate(const AggregateArgs& a, Stream stream) {
   const Shape& s = a.shape;
-  if (s.T == 0) {
-    if (a.score_grad.dscore) score_grad(a.score_grad, stream);
-    return;
-  }
+  if (s.T == 0) return;
   const AggregateParams p{a.routing,
                           s.T,
                           s.E,
@@ -89,8 +83,7 @@ void aggregate(const AggregateArgs& a, Stream stream) {
                           static_cast<const bf16*>(a.b2.base),
                           a.b2.stride,
                           a.b2.expert_stride,
-                          static_cast<bf16*>(a.out),
-                          ScoreGradParams(a.score_grad)};
+                          static_cast<bf16*>(a.out)};
   const auto blocks = static_cast<unsigned>(s.T);
   const int64_t vectors = s.d / 8, turns = (vectors + 255) / 256;  // of a block of at most 256 threads over its columns
   const auto threads = static_cast<unsigned>((vectors + 32 * turns - 1) / (32 * turns) * 32);

@@ -1,12 +1,14 @@
 // The four backward GEMMs of the CUDA backend against fp64 references written from their definitions, and their times. Compiled with --extended-lambda
 // and linked to the objects of src/cuda; runs on a GPU, by hand:
-//   backward_driver check                  every case below: poisoned outputs, guard rows, NaN in neighbouring experts, bit-equal second run
+//   backward_driver check                  every case below: poisoned outputs, guard rows, NaN in neighbouring experts, bit-equal second run with
+//                                          dH over H
 //   backward_driver perf [random] [shape]  milliseconds and TFLOP/s at the shapes of the published comparisons; sampled values are checked too
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "core/activation.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "edge_memory.h"
 #include "work_list.h"
 
 #include <cuda_bf16.h>
@@ -25,31 +28,27 @@ namespace {
 
 #define CHECK_CUDA(call) MACHMOE_CUDA_CALL(call)
 
-// Device memory with guard elements behind it and, optionally, slack before it; all of it starts as NaN.
+// Device memory with guard elements behind it; all of it starts as NaN. edge: nothing is mapped before it.
 template <class T>
 struct Buffer {
   static constexpr size_t kGuard = 4096;
-  T* base = nullptr;
+  std::shared_ptr<void> memory;
   T* data = nullptr;
-  size_t size = 0, slack = 0;
+  size_t size = 0;
   Buffer() = default;
-  explicit Buffer(size_t n, size_t before = 0) : size(n), slack(before) {
-    CHECK_CUDA(cudaMalloc(&base, (before + n + kGuard) * sizeof(T)));
-    data = base + before;
+  explicit Buffer(size_t n, bool edge = false) : size(n) {
+    const size_t bytes = (n + kGuard) * sizeof(T);
+    if (edge) {
+      memory = test::edge_memory(bytes);
+    } else {
+      void* p = nullptr;
+      CHECK_CUDA(cudaMalloc(&p, bytes));
+      memory = {p, cudaFree};
+    }
+    data = static_cast<T*>(memory.get());
     poison();
   }
-  Buffer(Buffer&& o) noexcept { *this = std::move(o); }
-  Buffer& operator=(Buffer&& o) noexcept {
-    std::swap(base, o.base);
-    std::swap(data, o.data);
-    std::swap(size, o.size);
-    std::swap(slack, o.slack);
-    return *this;
-  }
-  ~Buffer() {
-    if (base) cudaFree(base);
-  }
-  void poison() { CHECK_CUDA(cudaMemset(base, 0xFF, (slack + size + kGuard) * sizeof(T))); }
+  void poison() { CHECK_CUDA(cudaMemset(data, 0xFF, (size + kGuard) * sizeof(T))); }
   void upload(const std::vector<T>& v) { CHECK_CUDA(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
   std::vector<T> download() const {
     std::vector<T> v(size);
@@ -168,11 +167,11 @@ struct Problem {
     w2 = Buffer<bf16>(E * d * n);
     b2 = Buffer<bf16>(E * d);
     h = Buffer<bf16>(cap * planes * n);
-    dh_in = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n);
-    a_in = Buffer<bf16>(cap * n, kSlackRows * n);
-    dh = Buffer<bf16>(cap * planes * n, kSlackRows * planes * n);
-    a_prime = Buffer<bf16>(cap * n, kSlackRows * n);
-    dx = Buffer<bf16>(cap * d);
+    dh_in = Buffer<bf16>(cap * planes * n, true);
+    a_in = Buffer<bf16>(cap * n, true);
+    dh = Buffer<bf16>(cap * planes * n, true);
+    a_prime = Buffer<bf16>(cap * n, true);
+    dx = Buffer<bf16>(cap * d, true);
     ds = Buffer<float>(parts * cap);
     dw1 = Buffer<uint8_t>(E * planes * n * d * element);
     dw2 = Buffer<uint8_t>(E * d * n * element);
@@ -238,8 +237,10 @@ struct Problem {
     const bool gated = planes == 2;
     return {s, r, x.data, dh_in.data, gated ? dw1_view[0] : MutableWeight{}, dw1_view[planes - 1], c.out_dtype, c.accumulate, turns.data};
   }
-  DownProjBwdArgs dh_args() {
-    return {s, r, d_o.data, {w2.data, s.n, s.n * s.d}, {c.bias ? b2.data : nullptr, 1, s.d}, h.data, dh.data, a_prime.data, ds.data, turns.data};
+  DownProjBwdArgs dh_args(bool over_h = false) {
+    const bf16* from = over_h ? dh.data : h.data;
+    if (over_h) CHECK_CUDA(cudaMemcpy(dh.data, h.data, R * planes * s.n * sizeof(bf16), cudaMemcpyDeviceToDevice));
+    return {s, r, d_o.data, {w2.data, s.n, s.n * s.d}, {c.bias ? b2.data : nullptr, 1, s.d}, from, dh.data, a_prime.data, ds.data, turns.data};
   }
   UpProjBwdArgs dx_args() { return {s, r, dh_in.data, planes == 2 ? w1_view[0] : ConstWeight{}, w1_view[planes - 1], dx.data, turns.data}; }
 };
@@ -293,10 +294,6 @@ void guards(const Buffer<T>& b, size_t first_untouched, Sums* out) {
   const T* p = b.data;
   for_each(b.size + Buffer<T>::kGuard - first_untouched, [=] __device__(size_t i) {
     if (!poisoned(p + first_untouched + i)) atomicAdd(&out->disturbed, 1ull);
-  });
-  const T* before = b.base;
-  for_each(b.slack, [=] __device__(size_t i) {
-    if (!poisoned(before + i)) atomicAdd(&out->disturbed, 1ull);
   });
 }
 
@@ -513,7 +510,7 @@ int check() {
         b->poison();
         if (c.accumulate) q.start(*b);
       }
-      cuda::hopper::down_proj_bwd(q.dh_args(), {});
+      cuda::hopper::down_proj_bwd(q.dh_args(run == 1), {});
       CHECK_CUDA(cudaDeviceSynchronize());
       cuda::hopper::up_proj_bwd(q.dx_args(), {});
       CHECK_CUDA(cudaDeviceSynchronize());

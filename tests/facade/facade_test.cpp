@@ -53,6 +53,28 @@ TEST(Facade, BackwardIsTheGradientOfForward) {
   EXPECT_GT(dot(dw2, dw2), 0);
 }
 
+TEST(Facade, TheLastBackwardNeedsNoMemoryForDH) {
+  size_t allocated = 0;
+  machmoe::LayerOptions options{.dtype = MACHMOE_F32, .T = T, .d = d, .n = n, .E = E, .K = K};
+  options.allocator.allocate = [&allocated](size_t bytes) {
+    allocated += bytes;
+    return machmoe::Allocator().allocate(bytes);
+  };
+  const machmoe::Layer layer(options);
+  Data v;
+  const machmoe::Routing routing = layer.route_topk(v.ids.data(), v.weights.data());
+  const auto weights = machmoe::concatenated(layer, v.w1.data(), v.w2.data());
+  machmoe::Saved saved = layer.forward(routing, weights, v.x.data(), v.o.data());
+  std::vector<float> dx(T * d), last_dx(T * d);
+  allocated = 0;
+  layer.backward(routing, weights, saved, v.x.data(), v.d_o.data(), {.dx = dx.data()});
+  const size_t first = allocated;
+  allocated = 0;
+  layer.backward(routing, weights, std::move(saved), v.x.data(), v.d_o.data(), {.dx = last_dx.data()});
+  EXPECT_EQ(dx, last_dx);
+  EXPECT_LE(allocated + T * K * 2 * n * sizeof(float), first);
+}
+
 TEST(Facade, ListsGiveTheBitsOfTopK) {
   const machmoe::Layer topk = f32_layer(),
                        lists({.dtype = MACHMOE_F32, .routing_kind = MACHMOE_LISTS, .T = T, .d = d, .n = n, .E = E, .row_capacity = T * K});

@@ -268,6 +268,24 @@ def test_saved_bytes():
     assert saved <= 4 * T * K * n + 16 * T * K + 64 * E + 64 * 1024
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_peak_memory_of_the_backward(retain):
+    """dX~, dX and the gradients; dH takes the place of H unless the graph is retained."""
+    T, d, n, E, K = 4096, 512, 256, 64, 4
+    v = on_gpu(leaves(T, d, n, E, K))
+    ids = torch.rand(T, E).topk(K).indices.to(CUDA)
+    d_o = torch.randn(T, d, device=CUDA, dtype=torch.bfloat16)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, tuple(v.values()), d_o, retain_graph=retain)
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients, dx_rows, h = sum(t.nbytes for t in v.values()), 2 * T * K * d, 4 * T * K * n
+    needed = gradients + dx_rows + (h + 4 * T * K if retain else 0)
+    assert needed <= peak <= needed + 16 * 1024
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="expected torch.bfloat16"):
         machmoe.experts(

@@ -305,6 +305,19 @@ def test_saved_bytes_are_h_and_metadata(n, recompute):
     assert saved_bytes(lambda: machmoe.grouped_mlp(rows, counts, w1, w2, recompute=recompute), rows, w1, w2) <= allowed(tokens * k)
 
 
+def test_a_retained_graph_keeps_h():
+    """dH takes the place of H in the last backward alone."""
+    v, ids = leaves(torch.float32), chosen_ids()
+    router_w = torch.randn(E, D, requires_grad=True)
+    for run in (
+        lambda: machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]),
+        lambda: machmoe.layer(v["x"], router_w, v["w1"], v["w2"], K)[0],
+    ):
+        loss = run().square().sum()
+        first, second, last = (torch.autograd.grad(loss, (v["x"], v["w1"], v["w2"]), retain_graph=keep) for keep in (True, True, False))
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, last, strict=True))
+
+
 def test_without_gradients_h_is_not_written():
     v, ids = leaves(torch.float32), chosen_ids()
 

@@ -333,7 +333,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   const Shape& s = q.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
   VarlenKParams p{};
-  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - kSlackRows * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes},
+  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - 64 * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes},
                                   {pitch, pitch, 2 * n}, {64, 64, 1, 1}, 128);
   for (uint64_t i = 0; i < planes; i++)
     p.out[i] = tensor_map<Out>(q.out[i].base, {kTransposed ? d : n, kTransposed ? n : d, E},
