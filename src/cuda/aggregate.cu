@@ -88,7 +88,7 @@ void aggregate(const AggregateArgs& a, Stream stream) {
   const int64_t vectors = s.d / 8, turns = (vectors + 255) / 256;  // of a block of at most 256 threads over its columns
   const auto threads = static_cast<unsigned>((vectors + 32 * turns - 1) / (32 * turns) * 32);
   const auto launch = [&](auto kernel) { kernel<<<blocks, threads, 0, stream_of(stream)>>>(p); };
-  const bool few = p.topk && s.K <= 2;
+  const bool few = s.R_cap < 3 * s.T;  // rows a token, with what token rounding may add to two
   if (a.weighted && a.b2.base) launch(aggregate_kernel<true, true, 4>);
   else if (a.weighted) launch(few ? aggregate_kernel<true, false, 2> : aggregate_kernel<true, false, 4>);
   else launch(few ? aggregate_kernel<false, false, 2> : aggregate_kernel<false, false, 4>);

@@ -129,17 +129,24 @@ class ExpertKeys {
   __device__ ExpertKeys(const Params& p, int e) : pitch_(static_cast<int>(p.pitch)), keys_(p.keys + e * p.pitch) {
     int* const histogram = histogram_of_block();
     histogram[threadIdx.x] = histogram[kIndexThreads + threadIdx.x] = 0;
-    if (p.pitch <= kMaxShared) {  // all loads in flight; a thread reads what it has copied
-#pragma unroll 4
-      for (int i = 4 * static_cast<int>(threadIdx.x); i < pitch_; i += 4 * kIndexThreads) __pipeline_memcpy_async(shared_memory + i, keys_ + i, 16);
-      __pipeline_commit();
-      __pipeline_wait_prior(0);
-      keys_ = shared_memory;
-    }
     __syncthreads();
-    each([&](uint4 k) {
-      for (const uint32_t key : {k.x, k.y, k.z, k.w}) atomicAdd(histogram + (key >> 20), 1);
-    });
+    const auto* keys = reinterpret_cast<const uint4*>(keys_);
+    auto* copy = p.pitch <= kMaxShared ? reinterpret_cast<uint4*>(shared_memory) : nullptr;
+    constexpr int kLoads = 4;  // in flight
+#pragma unroll 1
+    for (int base = static_cast<int>(threadIdx.x); base < pitch_ / 4; base += kLoads * kIndexThreads) {
+      uint4 k[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; j++)
+        if (base + j * kIndexThreads < pitch_ / 4) k[j] = keys[base + j * kIndexThreads];
+#pragma unroll
+      for (int j = 0; j < kLoads; j++) {
+        if (base + j * kIndexThreads >= pitch_ / 4) break;
+        if (copy) copy[base + j * kIndexThreads] = k[j];
+        for (const uint32_t key : {k[j].x, k[j].y, k[j].z, k[j].w}) atomicAdd(histogram + (key >> 20), 1);
+      }
+    }
+    if (copy) keys_ = shared_memory;
     __syncthreads();
     const int digit = 2 * kIndexThreads - 1 - 2 * static_cast<int>(threadIdx.x);
     high_ = histogram[digit], low_ = histogram[digit - 1];
