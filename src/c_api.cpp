@@ -338,7 +338,9 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
     MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !f.addend,
                   "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
     check_workspace(l.backend, workspace, bytes, forward_workspace(l.backend, l.shape));
-    forward(l.backend, {l.shape, routing_of(routing), weights_of(weights), f.x, f.addend, f.h, f.o, workspace}, {stream});
+    std::optional<TopkChoice> choice;
+    if (f.from_topk) choice = {f.topk_ids, dtype_of(f.ids_dtype, "io.ids_dtype"), f.topk_weights, dtype_of(f.weights_dtype, "io.weights_dtype")};
+    forward(l.backend, {l.shape, routing_of(routing), weights_of(weights), f.x, f.addend, f.h, f.o, workspace, choice}, {stream});
   });
 }
 

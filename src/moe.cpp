@@ -7,14 +7,20 @@ namespace machmoe {
 namespace {
 
 struct ForwardBuffers {
-  void *a, *y;      // [R_cap, n], [R_cap, d]
   uint32_t* turns;  // [1]
+  void* index;      // TopK: of the sort, before A is written
+  void *a, *y;      // [R_cap, n], [R_cap, d]
 };
-ForwardBuffers book_forward(const Shape& s, Workspace& ws) {
+ForwardBuffers book_forward(const Backend& b, const Shape& s, Workspace& ws) {
   const size_t row = static_cast<size_t>(s.R_cap) * size_of(s.dtype);
-  void* a = ws.take(row * s.n);
-  void* y = s.kind == RoutingKind::Rows ? nullptr : ws.take(row * s.d);  // Rows: Y is the output
-  return {a, y, ws.take<uint32_t>(1)};
+  ForwardBuffers buf{};
+  buf.turns = ws.take<uint32_t>(1);
+  Workspace under = ws;
+  if (s.kind == RoutingKind::TopK) buf.index = under.take(b.index_scratch(s));
+  buf.a = ws.take(row * s.n);
+  if (s.kind != RoutingKind::Rows) buf.y = ws.take(row * s.d);  // Rows: Y is the output
+  ws.cover(under);
+  return buf;
 }
 
 struct BackwardBuffers {
@@ -45,21 +51,25 @@ BackwardBuffers book_backward(const Backend& b, const Shape& s, bool with_dh, ui
 
 }  // namespace
 
-size_t forward_workspace(const Backend&, const Shape& s) {
+size_t forward_workspace(const Backend& b, const Shape& s) {
   Workspace ws;
-  book_forward(s, ws);
+  book_forward(b, s, ws);
   return ws.used();
 }
 
 void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
   b.check_shape(p.shape);
   Workspace ws(p.workspace);
-  const ForwardBuffers buf = book_forward(p.shape, ws);
+  const ForwardBuffers buf = book_forward(b, p.shape, ws);
   const bool rows = p.shape.kind == RoutingKind::Rows;
   void* y = rows ? p.o : buf.y;
 
   const Weights& w = p.weights;
-  b.clear(buf.turns, sizeof *buf.turns, stream);
+  if (const auto& c = p.choice) {
+    b.index_topk({p.shape, c->ids, c->ids_dtype, c->weights, c->weights_dtype, nullptr, p.routing, buf.index, buf.turns}, stream);
+  } else {
+    b.clear(buf.turns, sizeof *buf.turns, stream);
+  }
   b.up_proj({p.shape, p.routing, p.x, w.w1_gate, w.w1_up, w.b1_gate, w.b1_up, p.h, buf.a, buf.turns}, stream);
   b.down_proj({p.shape, p.routing, buf.a, w.w2, w.b2, y, buf.turns}, stream);
   if (!rows) b.aggregate({p.shape, p.routing, y, true, w.b2, p.addend, p.o}, stream);

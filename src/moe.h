@@ -1,5 +1,7 @@
 // The host schedule of the 8 kernels. Everything here is shape arithmetic and calls into a Backend table.
 #pragma once
+#include <optional>
+
 #include "backend.h"
 
 namespace machmoe {
@@ -11,15 +13,23 @@ struct Weights {
   ConstBias b2;                // [E, d]
 };
 
+struct TopkChoice {
+  const void* ids;
+  DType ids_dtype;  // [T, K] I32 or I64
+  const void* weights;
+  DType weights_dtype;  // [T, K] F32, BF16, F16 (F64 with fp64 data)
+};
+
 struct ForwardArgs {
   Shape shape;
   Routing routing;
   Weights weights;
-  const void* x;       // [T, d]
-  const void* addend;  // [T, d] or null (residual, shared expert)
-  void* h;             // [R_cap, planes, n] saved for the backward; null: inference or recompute
-  void* o;             // [T, d]
-  void* workspace;     // forward_workspace() bytes
+  const void* x;                     // [T, d]
+  const void* addend;                // [T, d] or null (residual, shared expert)
+  void* h;                           // [R_cap, planes, n] saved for the backward; null: inference or recompute
+  void* o;                           // [T, d]
+  void* workspace;                   // forward_workspace() bytes
+  std::optional<TopkChoice> choice;  // TopK: the routing is made from it first; else it is complete
 };
 size_t forward_workspace(const Backend&, const Shape&);
 void forward(const Backend&, const ForwardArgs&, Stream);

@@ -33,7 +33,8 @@ struct IndexTopkArgs {
   DType weights_dtype;  // [T, K] F32, BF16, F16 (F64 with fp64 data)
   int32_t* order;       // [R_cap] row -> slot, -1 past R; optional
   Routing out;
-  void* scratch;  // Backend::index_scratch(shape)
+  void* scratch;              // Backend::index_scratch(shape)
+  uint32_t* turns = nullptr;  // [1] CUDA: set to 0 for the products that follow; optional
 };
 // The same from (token, expert, score) triples in any order; rows of one expert in ascending token order.
 struct IndexListsArgs {

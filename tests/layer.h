@@ -155,6 +155,7 @@ inline void build_routing(const Problem& p, RoutingBuffer& out) {
 struct Options {
   bool recompute = false;
   bool dh_over_h = false;
+  bool routing_in_forward = false;  // top-K
   bool addend = false;
   bool accumulate = false;                         // onto gradients of one
   std::optional<DType> grad_dtype = std::nullopt;  // else the layer's
@@ -180,7 +181,13 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   Buffer forward_workspace(bytes);
   Tensor h(s.dtype, static_cast<size_t>(options.recompute ? 0 : s.R_cap * s.planes() * s.n));
   r.o = Tensor(s.dtype, static_cast<size_t>(s.T * s.d));
-  const machmoe_forward_io forward{sizeof(machmoe_forward_io), p.x.data(), addend, options.recompute ? nullptr : h.data(), r.o.data()};
+  machmoe_forward_io forward{sizeof(machmoe_forward_io), p.x.data(), addend, options.recompute ? nullptr : h.data(), r.o.data()};
+  if (options.routing_in_forward) {
+    std::memset(routing.memory->data(), 0xFF, routing.memory->size());
+    forward.from_topk = 1;
+    forward.topk_ids = p.expert_ids.data(), forward.topk_weights = p.scores.data();
+    forward.ids_dtype = MACHMOE_I32, forward.weights_dtype = static_cast<int32_t>(p.scores.dtype());
+  }
   MACHMOE_OK_OR_FAIL(machmoe_forward(&layer, &routing.views, &weights.views, &forward, forward_workspace.data(), bytes, nullptr));
 
   const DType grad_dtype = options.grad_dtype.value_or(s.dtype);

@@ -75,6 +75,16 @@ TEST(Layer, LayoutsOfW1AreBitEqual) {
   }
 }
 
+TEST(Layer, TheRoutingMayBeMadeByTheForward) {
+  for (const Case& c : {Case{.name = "Usual"}, Case{.name = "Small", .d = 8, .n = 8, .E = 300, .K = 3}, Case{.name = "Empty", .T = 0}}) {
+    const Problem p = make_problem(c, DType::BF16);
+    Results before, within;
+    ASSERT_NO_FATAL_FAILURE(run_layer(p, {}, before));
+    ASSERT_NO_FATAL_FAILURE(run_layer(p, {.routing_in_forward = true}, within));
+    EXPECT_TRUE(before == within) << c.name;
+  }
+}
+
 TEST(Layer, PhasesCalledApartGiveTheBitsOfOneCall) {
   constexpr uint32_t kActivation = MACHMOE_PHASE_ACTIVATION, kWeight = MACHMOE_PHASE_WEIGHT, kInput = MACHMOE_PHASE_INPUT;
   for (RoutingKind kind : {RoutingKind::TopK, RoutingKind::Rows}) {

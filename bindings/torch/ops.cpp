@@ -324,13 +324,26 @@ Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor
 }
 
 // ---- experts -------------------------------------------------------------------------------------------------------------------
-// O, and H unless it is not wanted.
-std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Optional& addend, bool save_h, const Tensor& workspace,
-                                   size_t workspace_bytes, void* stream) {
+// O, and H unless it is not wanted. ids, weights: of top-K, whose metadata is made in the same call.
+std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Optional& addend, bool save_h, const Tensor* ids, const Tensor* weights,
+                                   void* stream) {
   const int64_t planes = is_gated(l.layer.activation) ? 2 : 1;
   const Tensor o = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : Tensor();
-  const machmoe_forward_io io{sizeof io, data(x), data(addend), data(h), data(o)};
+  machmoe_forward_io io{};
+  io.struct_size = sizeof io;
+  io.x = data(x);
+  io.addend = data(addend);
+  io.h = data(h);
+  io.o = data(o);
+  if (ids) {
+    io.from_topk = 1;
+    io.topk_ids = data(*ids), io.topk_weights = data(*weights);
+    io.ids_dtype = dtype_of(*ids, "topk_ids"), io.weights_dtype = dtype_of(*weights, "topk_weights");
+  }
+  size_t workspace_bytes = 0;
+  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
+  const Tensor workspace = workspace_of(x, workspace_bytes);
   check(machmoe_forward(&l.layer, &l.routing, &l.weights, &io, data(workspace), workspace_bytes, stream));
   return {o, h};
 }
@@ -344,27 +357,21 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, co
     throw std::runtime_error("kind is 0 (top-K), expected 1 (lists) or 2 (rows): topk_experts_forward makes the metadata too");
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, 0, row_capacity_of(x, score, kind, 0), activation, alpha, limit, interleaved);
   use_routing(l, metadata, counts, score);
-  size_t workspace_bytes = 0;
-  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
-  return forward(l, x, addend, save_h, workspace_of(x, workspace_bytes), workspace_bytes, launch.stream());
+  return forward(l, x, addend, save_h, nullptr, nullptr, launch.stream());
 }
 
-// Metadata of top-K ids and the experts in one call: O, H, metadata. The sort's scratch lies in the workspace, which the experts write later.
+// Metadata of top-K ids and the experts in one call: O, H, metadata.
 std::tuple<Tensor, Tensor, Tensor> topk_experts_forward(const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
                                                         const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& addend,
                                                         const Tensor& ids, const Tensor& weights, int64_t activation, double alpha, double limit,
                                                         bool interleaved, bool save_h) {
   const Launch launch(x);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, ids.size(1), ids.numel(), activation, alpha, limit, interleaved);
-  size_t metadata_bytes = 0, scratch_bytes = 0, workspace_bytes = 0;
+  size_t metadata_bytes = 0, scratch_bytes = 0;
   check(machmoe_routing_bytes(&l.layer, 0, &metadata_bytes, &scratch_bytes));
-  check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
-  workspace_bytes = std::max(workspace_bytes, scratch_bytes);
-  const Tensor metadata = bytes(x, metadata_bytes), workspace = workspace_of(x, workspace_bytes);
+  const Tensor metadata = bytes(x, metadata_bytes);
   use_routing(l, metadata, std::nullopt, std::nullopt);
-  check(machmoe_routing_from_topk(&l.layer, data(ids), dtype_of(ids, "topk_ids"), data(weights), dtype_of(weights, "topk_weights"), nullptr,
-                                  &l.routing, data(workspace), workspace_bytes, launch.stream()));
-  auto [o, h] = forward(l, x, addend, save_h, workspace, workspace_bytes, launch.stream());
+  auto [o, h] = forward(l, x, addend, save_h, &ids, &weights, launch.stream());
   return {o, h, metadata};
 }
 

@@ -193,6 +193,10 @@ typedef struct machmoe_forward_io {
   const void* addend; /* [T, d] added to O, optional; not with ROWS */
   void* h;            /* [row_capacity, 2 or 1, n] saved for the backward; null: inference or recompute */
   void* o;            /* [T, d]; ROWS: [row_capacity, d], rows past R are zero */
+  /* 1, TOPK: the routing is made first, from ids and weights as by machmoe_routing_from_topk, in the workspace of this call. 0: it is complete. */
+  int32_t from_topk;
+  int32_t ids_dtype, weights_dtype;
+  const void *topk_ids, *topk_weights; /* [T, K] */
 } machmoe_forward_io;
 MACHMOE_API machmoe_status machmoe_forward_workspace_bytes(const machmoe_layer*, size_t* bytes);
 MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_forward_io*,

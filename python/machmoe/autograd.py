@@ -21,11 +21,12 @@ def place_of_dh(h):
 
 
 class Experts(torch.autograd.Function):
-    """`routing` is the ids of a top-K routing, the metadata of any other. Saved: x, the weights themselves, H (unless recompute), metadata, and the
-    scores of general routings."""
+    """call: (routing, counts, kind, options, save_h) in one, since every argument of an autograd.Function takes its time; routing is the ids of a
+    top-K routing, the metadata of any other. Saved: x, the weights themselves, H (unless recompute), metadata, and the scores of general routings."""
 
     @staticmethod
-    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, routing, counts, kind, options, save_h):
+    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, call):
+        routing, counts, kind, options, save_h = call
         save_h = save_h and any(ctx.needs_input_grad)
         if kind == TOPK:
             k, row_scores = routing.shape[1], None
@@ -47,7 +48,7 @@ class Experts(torch.autograd.Function):
             d_o, place_of_dh(saved[7]), *saved, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6],
             ctx.score_dtype if need[8] else -1,
         )  # fmt: skip
-        return *grads, d_o if need[7] else None, dscore, None, None, None, None, None
+        return *grads, d_o if need[7] else None, dscore, None
 
 
 class Route(torch.autograd.Function):
@@ -69,10 +70,11 @@ class Route(torch.autograd.Function):
 
 
 class Layer(torch.autograd.Function):
-    """Saved: x, the weights themselves, logits, ids, weights, counts, H (unless recompute), metadata."""
+    """call: (k, router, options, save_h). Saved: x, the weights themselves, logits, ids, weights, counts, H (unless recompute), metadata."""
 
     @staticmethod
-    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, router_w, k, router, options, save_h):
+    def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, router_w, call):
+        k, router, options, save_h = call
         logits = torch.mm(x, router_w.t())
         ids, weights, counts, aux = ops.route_forward(logits, k, router)
         save_h = save_h and any(ctx.needs_input_grad)
@@ -90,4 +92,4 @@ class Layer(torch.autograd.Function):
         dx, drouter_w, *grads = ops.layer_backward(
             d_o, place_of_dh(saved[8]), daux, *saved, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]
         )
-        return dx, *grads, d_o if need[7] else None, drouter_w, None, None, None, None
+        return dx, *grads, d_o if need[7] else None, drouter_w, None

@@ -41,7 +41,7 @@ def experts(
     if (topk_weights.dtype == torch.float64) != (x.dtype == torch.float64):
         topk_weights = topk_weights.to(accum_of(x.dtype))
     topk_weights = topk_weights.contiguous()
-    return Experts.apply(*tensors, topk_weights, topk_ids.contiguous(), None, TOPK, options, saves_h(recompute))
+    return Experts.apply(*tensors, topk_weights, (topk_ids.contiguous(), None, TOPK, options, saves_h(recompute)))
 
 
 def experts_general(
@@ -61,7 +61,7 @@ def experts_general(
         raise ValueError(
             f"routing.score is {score.dtype}, expected {accum_of(x.dtype)} beside x of {x.dtype}: build the routing from scores of that dtype"
         )
-    return Experts.apply(*tensors, score, routing.metadata, None, LISTS, options, saves_h(recompute))
+    return Experts.apply(*tensors, score, (routing.metadata, None, LISTS, options, saves_h(recompute)))
 
 
 def grouped_mlp(
@@ -89,7 +89,7 @@ def grouped_mlp(
         row_scores = row_scores.to(accum_of(rows.dtype)).contiguous()
     counts = counts.to(torch.int32).contiguous()
     metadata = ops.routing_rows(counts, rows)
-    return Experts.apply(*tensors, row_scores, metadata, counts, ROWS, options, saves_h(recompute))
+    return Experts.apply(*tensors, row_scores, (metadata, counts, ROWS, options, saves_h(recompute)))
 
 
 def route(logits, k, *, router="softmax_topk", router_bias=None, groups=1, topk_groups=1, scale=1.0, z_loss=0.0):
@@ -144,7 +144,7 @@ def layer(
     check_device(rows, "x", router_w=router_w)
     router_w = router_w.to(rows.dtype)
     if router in ROUTERS and router_bias is None and groups == 1 and scale == 1.0 and not z_loss:
-        return Layer.apply(*tensors, router_w, k, ROUTERS[router], options, saves_h(recompute))
+        return Layer.apply(*tensors, router_w, (k, ROUTERS[router], options, saves_h(recompute)))
     ids, weights, _, aux = route(
         rows @ router_w.t(), k, router=router, router_bias=router_bias, groups=groups, topk_groups=topk_groups, scale=scale,
         z_loss=z_loss,

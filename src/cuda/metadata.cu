@@ -40,7 +40,8 @@ struct SortParams {
   uint16_t* rank;       // [slots] among the slots of the same chunk and expert
   Routing out;
   WorkList work;
-  int* order;  // optional
+  int* order;                 // optional
+  uint32_t* turns = nullptr;  // set to 0; optional
 };
 extern __shared__ int shared_memory[];
 
@@ -103,6 +104,7 @@ template <class Id>
 __global__ void __launch_bounds__(kIndexThreads, 1) rank_kernel(SortParams p, const Id* ids) {
   const WarpCounters counters(shared_memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunk = blockIdx.x, per_lane = p.chunks.per_lane, bits = 32 - __clz(p.E);
+  if (p.turns && blockIdx.x == 0 && threadIdx.x == 0) *p.turns = 0;
   int expert[kMaxPerLane], rank[kMaxPerLane];
   load_experts(p, ids, chunk, expert);
   counters.clear(p.E);
@@ -461,7 +463,7 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   check_experts(s);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order};
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order, a.turns};
   dispatch_ids(a.ids_dtype, [&](auto id) {
     dispatch_weights(a.weights_dtype, [&](auto weight) {
       const TopkSource<decltype(weight)> source{static_cast<const decltype(weight)*>(a.weights), static_cast<unsigned>(s.K)};
