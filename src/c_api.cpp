@@ -361,7 +361,6 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
     MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
                   phases);
     check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.dh != nullptr, phases));
-    check_buffer(l.backend, g.dh, "io.dh");
     const WeightGrads grads{mutable_view(g.dw1_gate),
                             mutable_view(g.dw1_up),
                             mutable_view(g.dw2),

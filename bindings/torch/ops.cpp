@@ -367,8 +367,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_experts_forward(const Tensor& x, const T
                                                         bool interleaved, bool save_h) {
   const Launch launch(x);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, ids.size(1), ids.numel(), activation, alpha, limit, interleaved);
-  size_t metadata_bytes = 0, scratch_bytes = 0;
-  check(machmoe_routing_bytes(&l.layer, 0, &metadata_bytes, &scratch_bytes));
+  size_t metadata_bytes = 0, unused = 0;
+  check(machmoe_routing_bytes(&l.layer, 0, &metadata_bytes, &unused));
   const Tensor metadata = bytes(x, metadata_bytes);
   use_routing(l, metadata, std::nullopt, std::nullopt);
   auto [o, h] = forward(l, x, addend, save_h, &ids, &weights, launch.stream());
@@ -402,7 +402,7 @@ WeightGrads new_weight_grads(const Tensor& w1, const Optional& w1_up, const Tens
   return g;
 }
 
-machmoe_backward_io backward_io(const Tensor& d_o, const Optional& dh, const Tensor& x, const Optional& h, const Tensor& dx, const Tensor& dscore,
+machmoe_backward_io backward_io(const Tensor& d_o, const Tensor& x, const Optional& h, bool over_h, const Tensor& dx, const Tensor& dscore,
                                 int32_t dscore_dtype, const WeightGrads& g) {
   machmoe_backward_io io{};
   io.struct_size = sizeof io;
@@ -415,7 +415,7 @@ machmoe_backward_io backward_io(const Tensor& d_o, const Optional& dh, const Ten
   io.grad_dtype = dtype_of(x, "x");
   io.dw1_gate = g.views.w1_gate, io.dw1_up = g.views.w1_up, io.dw2 = g.views.w2;
   io.db1_gate = g.views.b1_gate, io.db1_up = g.views.b1_up, io.db2 = g.views.b2;
-  io.dh = data(dh);
+  io.dh = over_h ? data(h) : nullptr;
   return io;
 }
 // For calls of these phases, one after the other.
@@ -429,11 +429,12 @@ Tensor backward_workspace(const machmoe_layer& layer, const Tensor& like, bool w
   return workspace_of(like, size);
 }
 
-// dh: takes dH, h itself where H is not needed again. score_dtype: of topk_weights or score; negative: its gradient is not wanted.
+// kOverH: dH takes the place of h. score_dtype: of topk_weights or score; negative: its gradient is not wanted.
+template <bool kOverH>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    const Tensor& d_o, const Optional& dh, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1,
-    const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind,
-    int64_t K, int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
+    const Tensor& d_o, const Tensor& x, const Tensor& w1, const Optional& w1_up, const Tensor& w2, const Optional& b1, const Optional& b1_up,
+    const Optional& b2, const Optional& h, const Tensor& metadata, const Optional& counts, const Optional& score, int64_t kind, int64_t K,
+    int64_t activation, double alpha, double limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool need_b1, bool need_b2,
     int64_t score_dtype) {
   const Launch launch(x);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, K, row_capacity_of(x, score, kind, K), activation, alpha, limit, interleaved);
@@ -445,34 +446,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   const Tensor dscore = score_dtype < 0        ? Tensor()
                         : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype)
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
-  const machmoe_backward_io io = backward_io(d_o, dh, x, h, dx, dscore, dscore_dtype, g);
+  const machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, dscore, dscore_dtype, g);
   size_t workspace_bytes = 0;
   const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {MACHMOE_PHASE_ALL}, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
 
-// a b in the type of a. Through mm.out, which autocast leaves alone: in a backward under autocast the types stay those of the forward.
-Tensor product(const Tensor& a, const Tensor& b) {
-  const Tensor out = empty(a, {a.size(0), b.size(1)}, dtype_of(a, "dlogits"));
+// out = a b. Through mm.out, which autocast leaves alone: in a backward under autocast the types stay those of the forward.
+void product(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
+template <bool kOverH>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
-    const Tensor& d_o, const Optional& dh, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up,
-    const Tensor& w2, const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Tensor& logits,
-    const Tensor& ids, const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit,
-    bool interleaved, bool need_w1, bool need_w2, bool need_b1, bool need_b2) {
+    const Tensor& d_o, const Optional& daux, const Tensor& x, const Tensor& router_w, const Tensor& w1, const Optional& w1_up, const Tensor& w2,
+    const Optional& b1, const Optional& b1_up, const Optional& b2, const Optional& h, const Tensor& metadata, const Tensor& logits, const Tensor& ids,
+    const Tensor& weights, const Tensor& route_counts, int64_t router, int64_t activation, double alpha, double limit, bool interleaved, bool need_w1,
+    bool need_w2, bool need_b1, bool need_b2) {
   const Launch launch(x);
   const int64_t K = ids.size(1);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, K, ids.numel(), activation, alpha, limit, interleaved);
   use_routing(l, metadata, std::nullopt, std::nullopt);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
-  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
-  machmoe_backward_io io = backward_io(d_o, dh, x, h, dx, Tensor(), accum_of(l.layer.dtype), g);
+  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype), router_dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype),
+               drouter_w = empty(x, {logits.size(1), x.size(1)}, l.layer.dtype),
+               dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
+  machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, Tensor(), accum_of(l.layer.dtype), g);
   size_t workspace_bytes = 0;
   constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
   const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {kFirst, kLast}, workspace_bytes);
@@ -480,12 +483,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };
   run(kFirst);
-  const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, K, ids, weights, route_counts);
   const machmoe_route_grad route_grad{sizeof route_grad, nullptr, data(daux), data(dlogits)};
   check(machmoe_route_backward(&r, &route_grad, &l.layer, &l.routing, data(workspace), launch.stream()));
-  const Tensor router_dx = product(dlogits, router_w);
-  const Tensor drouter_w = product(torch::stable::transpose(dlogits, 0, 1), x);
+  product(dlogits, router_w, router_dx);
+  product(torch::stable::transpose(dlogits, 0, 1), x, drouter_w);
   io.addend = data(router_dx);
   run(kLast);
   return {dx, drouter_w, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2};
@@ -511,21 +513,19 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.def(
       "topk_experts_forward(Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? addend, Tensor ids, "
       "Tensor weights, int activation, float alpha, float limit, bool interleaved, bool save_h) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "experts_backward(Tensor d_o, Tensor(a!)? dh, Tensor x, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, Tensor? h, "
-      "Tensor "
-      "metadata, "
-      "Tensor? counts, "
-      "Tensor? score, int kind, int k, int activation, float alpha, float limit, bool interleaved, bool need_dx, bool need_w1, bool need_w2, bool "
-      "need_b1, "
-      "bool need_b2, int score_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "layer_backward(Tensor d_o, Tensor(a!)? dh, Tensor? daux, Tensor x, Tensor router_w, Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? "
-      "b1_up, Tensor? "
-      "b2, Tensor? h, "
-      "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, int activation, float alpha, float limit, bool "
-      "interleaved, "
-      "bool need_w1, bool need_w2, bool need_b1, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // With a _ behind the name they write dH over h.
+  for (const auto& [mark, h] : {std::pair{"", "Tensor? h, "}, {"_", "Tensor(a!)? h, "}}) {
+    const std::string weights = "Tensor w1, Tensor? w1_up, Tensor w2, Tensor? b1, Tensor? b1_up, Tensor? b2, ",
+                      options = "int activation, float alpha, float limit, bool interleaved, ",
+                      need = "bool need_w1, bool need_w2, bool need_b1, bool need_b2",
+                      results = ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+    m.def(("experts_backward" + std::string(mark) + "(Tensor d_o, Tensor x, " + weights + h +
+           "Tensor metadata, Tensor? counts, Tensor? score, int kind, int k, " + options + "bool need_dx, " + need + ", int score_dtype" + results)
+              .c_str());
+    m.def(("layer_backward" + std::string(mark) + "(Tensor d_o, Tensor? daux, Tensor x, Tensor router_w, " + weights + h +
+           "Tensor metadata, Tensor logits, Tensor ids, Tensor weights, Tensor route_counts, int router, " + options + need + results)
+              .c_str());
+  }
   m.def("build_info() -> str");
   m.def("device_reason(bool cuda) -> str");
 }
@@ -539,8 +539,10 @@ STABLE_TORCH_LIBRARY(machmoe, m) {
   m.impl("route_backward", TORCH_BOX(&route_backward));             \
   m.impl("topk_experts_forward", TORCH_BOX(&topk_experts_forward)); \
   m.impl("experts_forward", TORCH_BOX(&experts_forward));           \
-  m.impl("experts_backward", TORCH_BOX(&experts_backward));         \
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("experts_backward", TORCH_BOX(&experts_backward<false>));  \
+  m.impl("experts_backward_", TORCH_BOX(&experts_backward<true>));  \
+  m.impl("layer_backward", TORCH_BOX(&layer_backward<false>));      \
+  m.impl("layer_backward_", TORCH_BOX(&layer_backward<true>));
 
 STABLE_TORCH_LIBRARY_IMPL(machmoe, CPU, m){MACHMOE_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(machmoe, CUDA, m){
     MACHMOE_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(machmoe, CompositeExplicitAutograd, m) {

@@ -202,8 +202,8 @@ MACHMOE_API machmoe_status machmoe_forward_workspace_bytes(const machmoe_layer*,
 MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_forward_io*,
                                            void* workspace, size_t bytes, void* stream);
 
-/* Phases may be called apart on one workspace, ACTIVATION first: the router's backward belongs between ACTIVATION and INPUT,
- * WEIGHT may be delayed as long as the workspace, x and d_o live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
+/* Phases may be called apart on one workspace, ACTIVATION first: the router's backward belongs between ACTIVATION and INPUT, for dX~ may lie over dS;
+ * WEIGHT may be delayed as long as the workspace, x, d_o and dh live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
 enum { MACHMOE_PHASE_ACTIVATION = 1, MACHMOE_PHASE_WEIGHT = 2, MACHMOE_PHASE_INPUT = 4, MACHMOE_PHASE_ALL = 7 };
 typedef struct machmoe_backward_io {
   size_t struct_size;
@@ -220,8 +220,8 @@ typedef struct machmoe_backward_io {
   machmoe_vector db1_gate, db1_up, db2;
   void* dh; /* [row_capacity, 2 or 1, n] takes dH, the same in every phase, optional: the workspace does else. h itself where H is not needed again */
 } machmoe_backward_io;
-/* with_dh: io.dh is given. phases: of one call. A workspace for several calls has the largest of their sizes; dX~ lies over A' where INPUT and
- * WEIGHT are one call. */
+/* with_dh: io.dh is given. phases: of one call. A workspace for several calls has the largest of their sizes; dX~ lies over A' where INPUT
+ * and WEIGHT are one call. */
 MACHMOE_API machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer*, int with_dh, uint32_t phases, size_t* bytes);
 MACHMOE_API machmoe_status machmoe_backward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_backward_io*,
                                             uint32_t phases, void* workspace, size_t bytes, void* stream);

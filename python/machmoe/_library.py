@@ -15,7 +15,7 @@ ops = torch.ops.machmoe
 
 OPERATORS = (
     "routing_lists", "routing_rows", "token_round", "token_round_backward", "route_forward", "route_backward", "experts_forward",
-    "topk_experts_forward", "experts_backward", "layer_backward",
+    "topk_experts_forward", "experts_backward", "experts_backward_", "layer_backward", "layer_backward_",
 )  # fmt: skip
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
@@ -124,7 +124,8 @@ def _like(tensor, needed):
 
 
 @torch.library.register_fake("machmoe::experts_backward")
-def _(d_o, dh, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k, activation, alpha, limit, interleaved,
+@torch.library.register_fake("machmoe::experts_backward_")
+def _(d_o, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind, k, activation, alpha, limit, interleaved,
       need_dx, need_w1, need_w2, need_b1, need_b2, score_dtype):  # fmt: skip
     shape = (x.shape[0], k) if kind == TOPK else score.shape if kind == LISTS else x.shape[:1]
     dscore = x.new_empty(shape, dtype=_FLOATS[score_dtype]) if score_dtype >= 0 else None
@@ -133,7 +134,8 @@ def _(d_o, dh, x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, score, kind
 
 
 @torch.library.register_fake("machmoe::layer_backward")
-def _(d_o, dh, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
+@torch.library.register_fake("machmoe::layer_backward_")
+def _(d_o, daux, x, router_w, w1, w1_up, w2, b1, b1_up, b2, h, metadata, logits, ids, weights, route_counts, router, activation, alpha, limit,
       interleaved, need_w1, need_w2, need_b1, need_b2):  # fmt: skip
     pairs = ((w1, need_w1), (w1_up, need_w1), (w2, need_w2), (b1, need_b1), (b1_up, need_b1), (b2, need_b2))
     return x.new_empty(x.shape), router_w.new_empty(router_w.shape), *(_like(*pair) for pair in pairs)

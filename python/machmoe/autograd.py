@@ -11,13 +11,19 @@ def saves_h(recompute):
     return torch.is_grad_enabled() and not recompute
 
 
-# torch's own, of its compiled backwards. Without it every graph counts as retained.
-retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# torch's own: whether the graph that runs backward is retained, and whether a gradient stands for many, which vmap takes one by one.
+_is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True), torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def place_of_dh(h):
-    """H, where this backward is its last reader: dH may take its place. Not while the graph is retained or traced."""
-    return None if torch.compiler.is_compiling() or retains_graph() else h
+def reads_h_last(ctx, h, d_o):
+    """Whether no one reads H after this backward, so that dH may take its place."""
+    if h is None or torch.compiler.is_compiling():
+        return False
+    if getattr(ctx, "h_is_gone", False):
+        raise RuntimeError("H of this graph was overwritten by a backward that failed afterwards: run the forward again")
+    ctx.h_is_gone = not _is_retained() and not any(is_batched(d_o) for is_batched in _is_batched)
+    return ctx.h_is_gone
 
 
 class Experts(torch.autograd.Function):
@@ -44,10 +50,10 @@ class Experts(torch.autograd.Function):
     def backward(ctx, d_o):
         need, saved = ctx.needs_input_grad, ctx.saved_tensors
         d_o = d_o.contiguous()
-        *grads, dscore = ops.experts_backward(
-            d_o, place_of_dh(saved[7]), *saved, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6],
-            ctx.score_dtype if need[8] else -1,
-        )  # fmt: skip
+        backward = ops.experts_backward_ if reads_h_last(ctx, saved[7], d_o) else ops.experts_backward
+        *grads, dscore = backward(
+            d_o, *saved, *ctx.options, need[0], need[1] or need[2], need[3], need[4] or need[5], need[6], ctx.score_dtype if need[8] else -1
+        )
         return *grads, d_o if need[7] else None, dscore, None
 
 
@@ -89,7 +95,6 @@ class Layer(torch.autograd.Function):
     def backward(ctx, d_o, daux):
         need, saved = ctx.needs_input_grad, ctx.saved_tensors
         d_o = torch.zeros_like(saved[0]) if d_o is None else d_o.contiguous()
-        dx, drouter_w, *grads = ops.layer_backward(
-            d_o, place_of_dh(saved[8]), daux, *saved, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6]
-        )
+        backward = ops.layer_backward_ if reads_h_last(ctx, saved[8], d_o) else ops.layer_backward
+        dx, drouter_w, *grads = backward(d_o, daux, *saved, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6])
         return dx, *grads, d_o if need[7] else None, drouter_w, None

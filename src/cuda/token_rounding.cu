@@ -4,8 +4,6 @@
 //   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets and the work lists
 // A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
 // ones the lower token.
-#include <cuda_pipeline_primitives.h>
-
 #include <algorithm>
 
 #include "core/token_rounding.h"

@@ -134,10 +134,10 @@ def test_opcheck_of_every_operator():
         (ops.experts_forward, (*one, None, lists, None, scores[:, 0].contiguous(), 1, *swiglu, True)),
         (ops.experts_forward, (*pair, x, lists, None, scores[:, 0].contiguous(), 1, *swiglu, False)),
         (ops.experts_forward, (*one, None, rows, counts, None, 2, *swiglu, True)),
-        (ops.experts_backward, (d_o, None, *one, h, *topk, *swiglu, True, True, True, False, False, 0)),
-        (ops.experts_backward, (d_o, torch.empty_like(h), *pair, h, *topk, *swiglu, False, True, False, True, True, -1)),
-        (ops.layer_backward, (d_o, None, None, x, router_w, *one[1:], h, *routed, *swiglu, True, True, False, False)),
-        (ops.layer_backward, (d_o, torch.empty_like(h), aux, x, router_w, *pair[1:], None, *routed, *swiglu, True, False, True, True)),
+        (ops.experts_backward, (d_o, *one, h, *topk, *swiglu, True, True, True, False, False, 0)),
+        (ops.experts_backward_, (d_o, *pair, h.clone(), *topk, *swiglu, False, True, False, True, True, -1)),
+        (ops.layer_backward_, (d_o, None, x, router_w, *one[1:], h.clone(), *routed, *swiglu, True, True, False, False)),
+        (ops.layer_backward, (d_o, aux, x, router_w, *pair[1:], None, *routed, *swiglu, True, False, True, True)),
     ]
     assert {op for op, _ in calls} == {getattr(ops, name) for name in machmoe._library.OPERATORS}
     every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

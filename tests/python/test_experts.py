@@ -305,17 +305,72 @@ def test_saved_bytes_are_h_and_metadata(n, recompute):
     assert saved_bytes(lambda: machmoe.grouped_mlp(rows, counts, w1, w2, recompute=recompute), rows, w1, w2) <= allowed(tokens * k)
 
 
-def test_a_retained_graph_keeps_h():
-    """dH takes the place of H in the last backward alone."""
+def runs_of_every_kind():
+    """(leaves, function of them) of experts, experts_general, grouped_mlp and layer."""
     v, ids = leaves(torch.float32), chosen_ids()
+    x, w1, w2, weights = (v[name] for name in ("x", "w1", "w2", "weights"))
     router_w = torch.randn(E, D, requires_grad=True)
-    for run in (
-        lambda: machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]),
-        lambda: machmoe.layer(v["x"], router_w, v["w1"], v["w2"], K)[0],
-    ):
+    counts = torch.bincount(ids.flatten(), minlength=E)
+    rows = torch.randn(int(counts.sum()), D, requires_grad=True)
+    return {
+        "experts": ((x, w1, w2, weights), lambda: machmoe.experts(x, w1, w2, ids, weights)),
+        "experts_general": ((x, w1, w2, weights), lambda: machmoe.experts_general(x, w1, w2, machmoe.Routing.from_topk(ids, weights, E))),
+        "grouped_mlp": ((rows, w1, w2), lambda: machmoe.grouped_mlp(rows, counts, w1, w2)),
+        "layer": ((x, w1, w2, router_w), lambda: machmoe.layer(x, router_w, w1, w2, K)[0]),
+    }
+
+
+KINDS = ("experts", "experts_general", "grouped_mlp", "layer")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_backward_writes_dh_over_h(kind):
+    """A retained graph keeps its H; the gradients are the same."""
+    inputs, run = runs_of_every_kind()[kind]
+    unpacked = []
+
+    def unpack(tensor):
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
         loss = run().square().sum()
-        first, second, last = (torch.autograd.grad(loss, (v["x"], v["w1"], v["w2"]), retain_graph=keep) for keep in (True, True, False))
-        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, last, strict=True))
+    gradients, saved = [], []
+    for keep in (True, True, False):
+        gradients.append(torch.autograd.grad(loss, inputs, retain_graph=keep))
+        (h,) = {id(t): t for t in unpacked if t.shape[1:] == (2, N)}.values()
+        saved.append(h.clone())
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+    assert torch.equal(saved[0], saved[1]) and not torch.equal(saved[0], saved[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_that_failed_over_h_is_not_repeated(kind):
+    inputs, run = runs_of_every_kind()[kind]
+    out = run()
+
+    def fail(*_):
+        raise KeyError("from a hook")
+
+    handle = out.grad_fn.register_hook(fail)
+    d_out = torch.randn(out.shape)
+    with pytest.raises(KeyError):
+        torch.autograd.grad(out, inputs, d_out)
+    handle.remove()
+    for keep in (True, False):
+        with pytest.raises(RuntimeError, match="run the forward again"):
+            torch.autograd.grad(out, inputs, d_out, retain_graph=keep)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_gradients_are_those_of_each(kind):
+    inputs, run = runs_of_every_kind()[kind]
+    out = run()
+    d_out = torch.randn(3, *out.shape)
+    one_by_one = [torch.autograd.grad(out, inputs, each, retain_graph=True) for each in d_out]
+    batched = torch.autograd.grad(out, inputs, d_out, is_grads_batched=True)
+    for name, got, want in zip(range(len(inputs)), batched, zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(got, torch.stack(want)), name
 
 
 def test_without_gradients_h_is_not_written():
