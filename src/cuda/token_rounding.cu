@@ -78,20 +78,29 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
     const uint32_t bits = __float_as_uint(score);
     return bits <= __float_as_uint(1.f) ? bits : 0u;
   };
-#pragma unroll 1
-  for (int base = 0; base < kTokens; base += kMarkWarps) {
-    const int column = base + warp;
+  // The scores of the warp's tokens, in flight at once where registers hold them.
+  constexpr int kTurns = kTokens > kMarkWarps ? kTokens / kMarkWarps : 1, kAhead = kPerLane <= 4 ? kTurns : 1;
+  float score[kAhead][kPerLane > 0 ? kPerLane : 1];
+  const auto scores_of = [&](int turn) { return p.scores + min(first + turn * kMarkWarps + warp, p.T - 1) * p.E; };
+  const auto load = [&](int turn, auto& into) {
+    const float* scores = scores_of(turn);
+#pragma unroll
+    for (int j = 0; j < kPerLane; j++) into[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? scores[j * 32 + lane] : 0.f;
+  };
+  if constexpr (kAhead > 1)
+    for (int turn = 0; turn < kTurns; turn++) load(turn, score[turn]);
+#pragma unroll(kAhead)
+  for (int turn = 0; turn < kTurns; turn++) {
+    const int column = turn * kMarkWarps + warp;
     if (kTokens < kMarkWarps && column >= kTokens) break;
     uint32_t* row = tile + column * pitch;
-    const float* scores = p.scores + min(first + column, p.T - 1) * p.E;
     if constexpr (kPerLane > 0) {
-      float score[kPerLane];
+      if constexpr (kAhead == 1) load(turn, score[0]);
+      const auto& own = score[kAhead > 1 ? turn : 0];
       uint32_t key[kPerLane];
 #pragma unroll
-      for (int j = 0; j < kPerLane; j++) score[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? scores[j * 32 + lane] : 0.f;
-#pragma unroll
       for (int j = 0; j < kPerLane; j++) {
-        key[j] = key_of(score[j]);
+        key[j] = key_of(own[j]);
         if (j < kPerLane / 2 || j * 32 + lane < p.E) row[j * 32 + lane] = key[j]++;
       }
       __syncwarp();
@@ -105,7 +114,7 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
         if (mine.rank < p.K) row[mine.index] |= kChosen;
       }
     } else {
-      for (int e = lane; e < p.E; e += 32) row[e] = key_of(scores[e]);
+      for (int e = lane; e < p.E; e += 32) row[e] = key_of(scores_of(turn)[e]);
       __syncwarp();
       mark_by_bisection(row, p.E, p.K, lane);
     }
@@ -177,8 +186,9 @@ class ExpertKeys {
     uint32_t key;
     int kept, same;  // of exactly this key: those of the first `count`, all
   };
-  // The count-th largest key, 1 <= count <= T: below the counted digit two of 10 bits. All threads of the block call it.
-  __device__ Rank ranked(int count) const {
+  // The count-th largest key, 1 <= count <= T: below the counted digit two of 10 bits. All threads of the block call it. exact: else any key that as
+  // many are not below will do.
+  __device__ Rank ranked(int count, bool exact) const {
     int* const histogram = histogram_of_block();
     __shared__ Rank first, found;
     if (before_ < count && count <= before_ + high_ + low_) {
@@ -190,6 +200,7 @@ class ExpertKeys {
     Rank rank = first;
 #pragma unroll 1
     for (int shift = 10; shift >= 0; shift -= 10) {
+      if (!exact && rank.kept == rank.same) return {rank.key << (shift + 10), rank.kept, rank.same};
       histogram[threadIdx.x] = 0;
       __syncthreads();
       each_from(rank.key << (shift + 10), 1024u << shift, [&](uint32_t key) { atomicAdd(histogram + (key >> shift & 1023u), 1); });
@@ -320,7 +331,7 @@ __global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_c
   int target = f;
   ExpertKeys::Rank last{~0u, 0, 0};  // of the last kept token
   if (p.rounding && over > 0 && p.rule == RoundingRule::NrS && room) {
-    const ExpertKeys::Rank high = down > 0 ? keys.ranked(down) : last, low = keys.ranked(up);
+    const ExpertKeys::Rank high = down > 0 ? keys.ranked(down, true) : last, low = keys.ranked(up, true);
     float below, span;
     score_sums(keys, high, low, down, up, below, span);
     const bool pad = rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span);
@@ -331,7 +342,7 @@ __global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_c
       if (p.rule == RoundingRule::BalanceF) target = p.out.counts[e];
       else target = room && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), 0.f, 0.f) ? up : down;
     }
-    if (target > 0) last = keys.ranked(target);
+    if (target > 0) last = keys.ranked(target, false);
   }
   const int last_token = last.kept < last.same ? keys.token_of(last.key, last.kept) : INT_MAX;
   keys.write_members(last.key, last_token, p.members + e * (p.pitch / 32));
@@ -399,21 +410,21 @@ __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_cons
 
   if (p.renormalize)
     for (int word = warp; word < m.words; word += kRowsThreads / 32) {
-      constexpr int kLoads = 8;
-      const uint32_t mask = m.bits[lane * m.pitch + word], *keys = p.keys + int64_t{word} * 32 * p.pitch + int64_t{block} * 32 + lane;
+      constexpr int kLoads = 4;  // in flight
+      const uint32_t* keys = p.keys + int64_t{word} * 32 * p.pitch + int64_t{block} * 32 + lane;
       float sum = 0.f;
 #pragma unroll 1
-      for (int part = 0; part < 32; part += kLoads) {
+      for (uint32_t mask = m.bits[lane * m.pitch + word]; mask != 0;) {
         uint32_t key[kLoads];
 #pragma unroll
-        for (int j = 0; j < kLoads; j++, keys += p.pitch) key[j] = mask >> (part + j) & 1 ? *keys : 0u;
+        for (int j = 0; j < kLoads; j++, mask &= mask - 1) key[j] = mask != 0 ? keys[(__ffs(mask) - 1) * p.pitch] : 0u;
 #pragma unroll
         for (int j = 0; j < kLoads; j++) sum += score_of(key[j]);
       }
       m.sum[lane * m.pitch + word] = sum;
     }
   __shared__ int first_of_token[32], slots_of_block;
-  if (warp == 0) {
+  if (warp == kRowsThreads / 32 - 1) {  // mostly without a word above
     int own = 0;
     for (int word = 0; word < m.words; word++) own += __popc(m.bits[lane * m.pitch + word]);
     const int end = warp_inclusive_sum(own);
