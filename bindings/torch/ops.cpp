@@ -453,11 +453,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   return {dx, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2, dscore};
 }
 
-// out = a b. Through mm.out, which autocast leaves alone: in a backward under autocast the types stay those of the forward.
-void product(const Tensor& a, const Tensor& b, const Tensor& out) {
+// a b in the type of a. Through mm.out, which autocast leaves alone: in a backward under autocast the types stay those of the forward.
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = empty(a, {a.size(0), b.size(1)}, dtype_of(a, "dlogits"));
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Experts and router together: dS is summed inside the router's backward, and the router's dX is the addend of the experts' dX.
@@ -472,9 +473,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, K, ids.numel(), activation, alpha, limit, interleaved);
   use_routing(l, metadata, std::nullopt, std::nullopt);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
-  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype), router_dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype),
-               drouter_w = empty(x, {logits.size(1), x.size(1)}, l.layer.dtype),
-               dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
+  const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, Tensor(), accum_of(l.layer.dtype), g);
   size_t workspace_bytes = 0;
   constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
@@ -483,11 +482,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, phases, data(workspace), workspace_bytes, launch.stream()));
   };
   run(kFirst);
+  const Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, dtype_of(logits, "logits"));
   const machmoe_route r = route_descriptor(logits, router, K, ids, weights, route_counts);
   const machmoe_route_grad route_grad{sizeof route_grad, nullptr, data(daux), data(dlogits)};
   check(machmoe_route_backward(&r, &route_grad, &l.layer, &l.routing, data(workspace), launch.stream()));
-  product(dlogits, router_w, router_dx);
-  product(torch::stable::transpose(dlogits, 0, 1), x, drouter_w);
+  const Tensor router_dx = product(dlogits, router_w);
+  const Tensor drouter_w = product(torch::stable::transpose(dlogits, 0, 1), x);
   io.addend = data(router_dx);
   run(kLast);
   return {dx, drouter_w, g.w1, g.w1_up, g.w2, g.b1, g.b1_up, g.b2};

@@ -13,16 +13,16 @@ def saves_h(recompute):
 
 # torch's own: whether the graph that runs backward is retained, and whether a gradient stands for many, which vmap takes one by one.
 _is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True), torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = [getattr(torch._C._functorch, name, lambda _: True) for name in ("is_legacy_batchedtensor", "is_functorch_wrapped_tensor")]
 
 
-def reads_h_last(ctx, h, d_o):
+def reads_h_last(ctx, h, *gradients):
     """Whether no one reads H after this backward, so that dH may take its place."""
     if h is None or torch.compiler.is_compiling():
         return False
     if getattr(ctx, "h_is_gone", False):
-        raise RuntimeError("H of this graph was overwritten by a backward that failed afterwards: run the forward again")
-    ctx.h_is_gone = not _is_retained() and not any(is_batched(d_o) for is_batched in _is_batched)
+        raise RuntimeError("H of this graph may have been overwritten by a backward that failed: run the forward again")
+    ctx.h_is_gone = not _is_retained() and not any(is_batched(g) for is_batched in _is_batched for g in gradients if g is not None)
     return ctx.h_is_gone
 
 
@@ -95,6 +95,6 @@ class Layer(torch.autograd.Function):
     def backward(ctx, d_o, daux):
         need, saved = ctx.needs_input_grad, ctx.saved_tensors
         d_o = torch.zeros_like(saved[0]) if d_o is None else d_o.contiguous()
-        backward = ops.layer_backward_ if reads_h_last(ctx, saved[8], d_o) else ops.layer_backward
+        backward = ops.layer_backward_ if reads_h_last(ctx, saved[8], d_o, daux) else ops.layer_backward
         dx, drouter_w, *grads = backward(d_o, daux, *saved, *ctx.options, need[1] or need[2], need[3], need[4] or need[5], need[6])
         return dx, *grads, d_o if need[7] else None, drouter_w, None

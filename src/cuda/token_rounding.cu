@@ -184,10 +184,10 @@ class ExpertKeys {
   }
   struct Rank {
     uint32_t key;
-    int kept, same;  // of exactly this key: those of the first `count`, all
+    int kept, same;  // of exactly this key (not exact: of its highest digits): those of the first `count`, all
   };
-  // The count-th largest key, 1 <= count <= T: below the counted digit two of 10 bits. All threads of the block call it. exact: else any key that as
-  // many are not below will do.
+  // The count-th largest key, 1 <= count <= T: below the counted digit two of 10 bits. All threads of the block call it. Not exact: or a key
+  // that exactly `count` keys are not below, and kept == same.
   __device__ Rank ranked(int count, bool exact) const {
     int* const histogram = histogram_of_block();
     __shared__ Rank first, found;
