@@ -295,6 +295,29 @@ def test_errors_say_what_to_do():
         )
 
 
+@pytest.mark.parametrize("index", range(torch.cuda.device_count()))
+def test_the_tensors_decide_the_device(index):
+    """Not the current one, which is cuda:0 here."""
+    v = leaves(600, 128, 64, 8, 2)
+    ids, scores, d_o = torch.rand(600, 8).topk(2).indices, torch.rand(600, 8).softmax(-1), torch.randn(600, 128).bfloat16()
+    router_w = torch.randn(8, 128).bfloat16()
+
+    def run(device):
+        x, w1, w2, weights = (v[name].detach().to(device).requires_grad_() for name in ("x", "w1", "w2", "weights"))
+        s, r = (t.to(device).requires_grad_() for t in (scores, router_w))
+        outs = (
+            machmoe.experts(x, w1, w2, ids.to(device), weights),
+            machmoe.experts_general(x, w1, w2, machmoe.token_round(s, 2, 64)),
+            machmoe.layer(x, r, w1, w2, 2)[0],
+        )
+        return [t.cpu() for t in (*outs, *torch.autograd.grad(sum(outs), (x, w1, w2, weights, s, r), d_o.to(device)))]
+
+    with torch.cuda.device(0):
+        there = run(f"cuda:{index}")
+        assert torch.cuda.current_device() == 0
+        assert all(torch.equal(a, b) for a, b in zip(there, run("cuda:0"), strict=True))
+
+
 def test_a_thread_that_launched_nothing_before_finds_its_device():
     v = on_gpu(leaves(300, 64, 64, 4, 2))
     ids = torch.rand(300, 4).topk(2).indices.to(CUDA)
