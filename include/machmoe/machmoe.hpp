@@ -189,6 +189,7 @@ class Layer {
     io.dh = dh;
     check(machmoe_backward(&descriptor_, &routing.views(), &weights, &io, MACHMOE_PHASE_ALL, workspace.data(), bytes, options_.stream));
   }
+
   template <class Fill>
   Routing make_routing(Fill&& fill) const {
     size_t bytes = 0, scratch_bytes = 0;

@@ -333,6 +333,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   const Shape& s = q.shape;
   const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
   VarlenKParams p{};
+  // As ragged_store_map, for loads: the base lies a box before the tensor, where nothing need be mapped as long as no box is all out of bounds.
   p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - 64 * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes},
                                   {pitch, pitch, 2 * n}, {64, 64, 1, 1}, 128);
   for (uint64_t i = 0; i < planes; i++)
