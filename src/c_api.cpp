@@ -97,7 +97,7 @@ Layer experts_layer(const machmoe_layer* layer) {
 
 Routing routing_of(const machmoe_routing* routing) {
   const machmoe_routing r = read(routing, "routing");
-  return {r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
+  return {r.slot, r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
 }
 
 ConstWeight view(const machmoe_matrix& m) { return {m.base, m.row_stride, m.expert_stride}; }
@@ -249,18 +249,16 @@ machmoe_status machmoe_routing_carve(const machmoe_layer* layer, int with_expert
     MACHMOE_CHECK(metadata, "metadata is null, expected a buffer of machmoe_routing_bytes()");
     check_buffer(l.backend, metadata, "metadata");
     const Routing r = carve_routing(l.backend, l.shape, with_expert != 0, metadata);
-    out(routing, "out") = {sizeof(machmoe_routing), r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
+    out(routing, "out") = {sizeof(machmoe_routing), r.slot, r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
   });
 }
 
-machmoe_status machmoe_routing_from_topk(const machmoe_layer* layer, const void* ids, int32_t ids_dtype, const void* weights, int32_t weights_dtype,
-                                         int32_t* order, const machmoe_routing* routing, void* workspace, size_t bytes, void* stream) {
+machmoe_status machmoe_routing_from_topk(const machmoe_layer* layer, const void* ids, int32_t ids_dtype, const machmoe_routing* routing,
+                                         void* workspace, size_t bytes, void* stream) {
   return guarded([&] {
     const Layer l = routing_layer(layer);
     check_workspace(l.backend, workspace, bytes, l.backend.index_scratch(l.shape));
-    l.backend.index_topk(
-        {l.shape, ids, dtype_of(ids_dtype, "ids_dtype"), weights, dtype_of(weights_dtype, "weights_dtype"), order, routing_of(routing), workspace},
-        {stream});
+    l.backend.index_topk({l.shape, ids, dtype_of(ids_dtype, "ids_dtype"), routing_of(routing), workspace}, {stream});
   });
 }
 
@@ -339,7 +337,7 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
                   "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
     check_workspace(l.backend, workspace, bytes, forward_workspace(l.backend, l.shape));
     std::optional<TopkChoice> choice;
-    if (f.from_topk) choice = {f.topk_ids, dtype_of(f.ids_dtype, "io.ids_dtype"), f.topk_weights, dtype_of(f.weights_dtype, "io.weights_dtype")};
+    if (f.from_topk) choice = {f.topk_ids, dtype_of(f.ids_dtype, "io.ids_dtype")};
     forward(l.backend, {l.shape, routing_of(routing), weights_of(weights), f.x, f.addend, f.h, f.o, workspace, choice}, {stream});
   });
 }

@@ -66,7 +66,7 @@ void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
 
   const Weights& w = p.weights;
   if (const auto& c = p.choice) {
-    b.index_topk({p.shape, c->ids, c->ids_dtype, c->weights, c->weights_dtype, nullptr, p.routing, buf.index, buf.turns}, stream);
+    b.index_topk({p.shape, c->ids, c->ids_dtype, p.routing, buf.index, buf.turns}, stream);
   } else {
     b.clear(buf.turns, sizeof *buf.turns, stream);
   }
@@ -119,10 +119,14 @@ Routing book_routing(const Backend& b, const Shape& s, bool with_expert, Workspa
   r.offsets = ws.take<int32_t>(s.E + 1);
   if (const int64_t bytes = b.tiles_bytes(s)) r.tiles = static_cast<int32_t*>(ws.take(static_cast<size_t>(bytes)));
   if (s.kind == RoutingKind::Rows) return r;
-  r.token = ws.take<int32_t>(s.R_cap);
-  r.score = ws.take(static_cast<size_t>(s.R_cap) * size_of(s.accum()));
   r.inverse = ws.take<int32_t>(s.R_cap);
-  if (s.kind == RoutingKind::Lists) r.token_offsets = ws.take<int32_t>(s.T + 1);
+  if (s.kind == RoutingKind::TopK) {
+    r.slot = ws.take<int32_t>(s.R_cap);
+  } else {
+    r.token = ws.take<int32_t>(s.R_cap);
+    r.score = ws.take(static_cast<size_t>(s.R_cap) * size_of(s.accum()));
+    r.token_offsets = ws.take<int32_t>(s.T + 1);
+  }
   if (with_expert) r.expert = ws.take<int32_t>(s.R_cap);
   return r;
 }

@@ -16,8 +16,6 @@ struct Weights {
 struct TopkChoice {
   const void* ids;
   DType ids_dtype;  // [T, K] I32 or I64
-  const void* weights;
-  DType weights_dtype;  // [T, K] F32, BF16, F16 (F64 with fp64 data)
 };
 
 struct ForwardArgs {

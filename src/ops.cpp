@@ -57,10 +57,21 @@ void check_routing(const Shape& s, const Routing& r) {
     MACHMOE_CHECK(!r.token, "routing.token is given, expected null: dispatched rows (ROWS) gather nothing");
     return;
   }
+  require_rows(r.inverse, s.R_cap, "routing.inverse");
+  if (s.kind == RoutingKind::TopK) {
+    require_rows(r.slot, s.R_cap, "routing.slot");
+    return;
+  }
   require_rows(r.token, s.R_cap, "routing.token");
   require_rows(r.score, s.R_cap, "routing.score");
-  require_rows(r.inverse, s.R_cap, "routing.inverse");
-  if (s.kind == RoutingKind::Lists) require(r.token_offsets, "routing.token_offsets");
+  require(r.token_offsets, "routing.token_offsets");
+}
+// Of the ops that read scores.
+void check_scored_routing(const Shape& s, const Routing& r) {
+  check_routing(s, r);
+  if (s.kind == RoutingKind::TopK)
+    MACHMOE_CHECK(r.score || s.R_cap == 0, "routing.score is null, expected the top-K weights [T, K] in {}: a carved routing has none",
+                  s.accum() == DType::F64 ? "F64" : "F32");
 }
 
 void check_grad_dtype(const Shape& s, DType dtype) {
@@ -115,11 +126,7 @@ void validate(const IndexTopkArgs& p) {
   MACHMOE_CHECK(p.shape.kind == RoutingKind::TopK, "routing_kind is {}, expected TOPK (0) for routing from top-K ids",
                 static_cast<int>(p.shape.kind));
   MACHMOE_CHECK(is_index(p.ids_dtype), "ids_dtype is {}, expected I32 (4) or I64 (5)", static_cast<int>(p.ids_dtype));
-  MACHMOE_CHECK(is_float(p.weights_dtype), "weights_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(p.weights_dtype));
-  MACHMOE_CHECK(p.weights_dtype != DType::F64 || p.shape.dtype == DType::F64,
-                "weights_dtype is F64, expected F32, BF16 or F16 with a layer that is not F64");
   require_rows(p.ids, p.shape.R_cap, "ids");
-  require_rows(p.weights, p.shape.R_cap, "weights");
   check_routing(p.shape, p.out);
 }
 
@@ -215,7 +222,8 @@ void validate(const ScoreGradArgs& p) {
 void validate(const AggregateArgs& p) {
   validate(p.shape);
   MACHMOE_CHECK(p.shape.kind != RoutingKind::Rows, "routing_kind is ROWS (2), expected TOPK or LISTS: dispatched rows are not summed");
-  check_routing(p.shape, p.routing);
+  if (p.weighted) check_scored_routing(p.shape, p.routing);
+  else check_routing(p.shape, p.routing);
   require_rows(p.y, p.shape.R_cap, "workspace");
   require_rows(p.out, p.shape.T, p.weighted ? "o" : "dx");
   check_bias(p.b2, p.shape.d, "b2");
@@ -223,7 +231,7 @@ void validate(const AggregateArgs& p) {
 
 void validate(const DownProjBwdArgs& p) {
   validate(p.shape);
-  check_routing(p.shape, p.routing);
+  check_scored_routing(p.shape, p.routing);
   require_rows(p.d_o, p.shape.T, "d_o");
   require_rows(p.h, p.shape.R_cap, "h");
   check_matrix(p.w2, p.shape.d, p.shape.n, "w2");
@@ -256,7 +264,8 @@ void validate(const WeightGradW1Args& p) {
 
 void validate(const BiasGradArgs& p) {
   validate(p.shape);
-  check_routing(p.shape, p.routing);
+  if (p.db2.base) check_scored_routing(p.shape, p.routing);
+  else check_routing(p.shape, p.routing);
   check_grad_dtype(p.shape, p.out_dtype);
   check_b1(p.shape, p.db1_gate, p.db1_up);
   check_bias(p.db2, p.shape.d, "db2");

@@ -12,9 +12,10 @@ constexpr int64_t kMaxRows = (int64_t{1} << 31) - 512;
 
 // All pointers are memory of the backend's device.
 struct Routing {
-  int32_t* token = nullptr;          // [R_cap] row -> token, ascending inside one expert; null for Rows
+  int32_t* slot = nullptr;           // TopK [R_cap] row -> slot t K + k, ascending inside one expert
+  int32_t* token = nullptr;          // Lists [R_cap] row -> token, ascending inside one expert
   int32_t* expert = nullptr;         // [R_cap] row -> expert; optional output of the index ops, read by token_round_backward alone
-  void* score = nullptr;             // [R_cap] accum, in row order; null: every score is 1 (Rows only)
+  void* score = nullptr;             // accum. TopK [T, K]: the weights themselves. Else [R_cap] in row order; null: every score is 1 (Rows only)
   int32_t* counts = nullptr;         // [E]
   int32_t* offsets = nullptr;        // [E + 1] exclusive sum of counts
   int32_t* token_offsets = nullptr;  // [T + 1] Lists only: slots of a token
@@ -23,15 +24,23 @@ struct Routing {
   int32_t* tiles = nullptr;  // CUDA work lists (src/cuda/work.h); null on the CPU
 };
 
+// Which row of X (or dO) row r of the experts is: index[r] / divisor, without an index r itself.
+struct RowSource {
+  const int32_t* index = nullptr;
+  int64_t divisor = 1;
+  int64_t operator[](int64_t row) const { return index ? index[row] / divisor : row; }
+};
+inline RowSource row_source(const Shape& s, const Routing& r) {
+  if (s.kind == RoutingKind::TopK) return {r.slot, s.K};
+  return {r.token, 1};
+}
+
 // ---- routing metadata ---------------------------------------------------------------------------------------------------------
 // Stable counting sort of the slots by expert. Ids outside [0, E) are dropped (CPU: a negative id or a duplicate pair is an error).
 struct IndexTopkArgs {
   Shape shape;
   const void* ids;
   DType ids_dtype;  // [T, K] I32 or I64
-  const void* weights;
-  DType weights_dtype;  // [T, K] F32, BF16, F16 (F64 with fp64 data)
-  int32_t* order;       // [R_cap] row -> slot, -1 past R; optional
   Routing out;
   void* scratch;              // Backend::index_scratch(shape)
   uint32_t* turns = nullptr;  // [1] CUDA: set to 0 for the products that follow; optional

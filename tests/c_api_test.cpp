@@ -100,6 +100,7 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("activation is 99", [](Call& c) { c.layer.activation = 99; });
   fails_with("dtype is 2", [](Call& c) { c.layer.dtype = MACHMOE_F16; });
   fails_with("row_capacity is 11", [](Call& c) { c.layer.row_capacity = 11; });
+  fails_with("routing.score is null, expected the top-K weights", [](Call& c) { c.routing.views.score = nullptr; });
   fails_with("routing.inverse is null", [](Call& c) { c.routing.views.inverse = nullptr; });
   fails_with("workspace has 16 bytes", [](Call& c) { c.workspace_bytes = 16; });
   fails_with("d_o is null", [](Call& c) { c.backward.d_o = nullptr; });
@@ -139,7 +140,7 @@ TEST(CApi, MalformedCallsGetAStatusAndASentence) {
       case 11: call.workspace_bytes = static_cast<size_t>(random.below(1000)); break;
       case 12: std::memcpy(&call.forward.x, &null, sizeof null); break;
       case 13: call.weights.views.struct_size = static_cast<size_t>(random.below(8)); break;
-      case 14: call.routing.views.token = nullptr; break;
+      case 14: call.routing.views.slot = nullptr; break;
       case 15: call.layer.struct_size = static_cast<size_t>(random.below(8)); break;
     }
     const machmoe_status status = call.run_forward();

@@ -31,7 +31,11 @@ struct Inputs {
 
   static constexpr int64_t kParts = 3;
   int64_t rows() const { return routing.views.offsets[p.shape.E]; }
-  int64_t token(int64_t row) const { return p.shape.kind == RoutingKind::Rows ? row : routing.views.token[row]; }
+  Routing views() const {
+    const machmoe_routing& v = routing.views;
+    return {v.slot, v.token, v.expert, v.score, v.counts, v.offsets, v.token_offsets, v.inverse, nullptr};
+  }
+  int64_t token(int64_t row) const { return row_source(p.shape, views())[row]; }
   int64_t expert(int64_t row) const {
     return std::upper_bound(routing.views.offsets, routing.views.offsets + p.shape.E + 1, row) - routing.views.offsets - 1;
   }
@@ -71,8 +75,7 @@ Outputs run_ops(const Inputs& in, const RunOptions& o = {}) {
   cpu::set_num_threads(o.threads);
   const Backend& backend = cpu_backend();
   const Shape& s = in.p.shape;
-  const machmoe_routing& v = in.routing.views;
-  const Routing r{v.token, v.expert, v.score, v.counts, v.offsets, v.token_offsets, v.inverse, nullptr};
+  const Routing r = in.views();
   const WeightSet weights = weights_of(in.p);
   const machmoe_weights& w = weights.views;
   const bool rows_kind = s.kind == RoutingKind::Rows;
@@ -158,8 +161,9 @@ Expected expected_of(const Inputs& in) {
   double value = 0, d_gate = 0, d_up = 0;
   for (int64_t row = 0; row < in.rows(); row++) {
     const int64_t e = in.expert(row), t = in.token(row), slot = s.kind == RoutingKind::TopK ? in.routing.order[static_cast<size_t>(row)] : row;
-    const double score =
-        s.accum() == DType::F64 ? static_cast<const double*>(in.routing.views.score)[row] : static_cast<const float*>(in.routing.views.score)[row];
+    const int64_t place = s.kind == RoutingKind::TopK ? slot : row;
+    const void* scores = in.routing.views.score;
+    const double score = s.accum() == DType::F64 ? static_cast<const double*>(scores)[place] : static_cast<const float*>(scores)[place];
     const double *xt = &x[size_t(t * d)], *dot = &d_o[size_t(t * d)], *hr = &h[size_t(row * planes * n)], *dhr = &dh[size_t(row * planes * n)];
     double *H = &out["H"][size_t(row * planes * n)], *dH = &out["dH"][size_t(row * planes * n)], &ds = out["dS part"][size_t(row)];
     for (int64_t plane = 0; plane < planes; plane++)
@@ -334,19 +338,11 @@ TEST(ExpertsOp, HAndAAreOptional) {
     ASSERT_NO_FATAL_FAILURE(make_inputs({.name = "Optional", .bias = true}, DType::BF16, in));
     const Outputs both = run_ops(in);
     const Shape& s = in.p.shape;
-    const machmoe_routing& v = in.routing.views;
     const WeightSet weights = weights_of(in.p);
     const machmoe_weights& w = weights.views;
     Tensor alone(s.dtype, both.at(store_h ? "H" : "A").values.size());
-    cpu_backend().up_proj({s,
-                           {v.token, v.expert, v.score, v.counts, v.offsets, v.token_offsets, v.inverse, nullptr},
-                           in.p.x.data(),
-                           view(w.w1_gate),
-                           view(w.w1_up),
-                           view(w.b1_gate),
-                           view(w.b1_up),
-                           store_h ? alone.data() : nullptr,
-                           store_h ? nullptr : alone.data()},
+    cpu_backend().up_proj({s, in.views(), in.p.x.data(), view(w.w1_gate), view(w.w1_up), view(w.b1_gate), view(w.b1_up),
+                           store_h ? alone.data() : nullptr, store_h ? nullptr : alone.data()},
                           {});
     EXPECT_TRUE(alone == both.at(store_h ? "H" : "A").values);
   }

@@ -124,7 +124,7 @@ inline machmoe_layer layer_of(const Shape& s) {
 
 struct RoutingBuffer {
   machmoe_routing views{};
-  std::vector<int32_t> order;  // row -> slot
+  std::vector<int32_t> order;  // row -> slot of top-K, position in the lists, or itself
   std::unique_ptr<Buffer> memory;
 };
 inline void build_routing(const Problem& p, RoutingBuffer& out) {
@@ -137,8 +137,9 @@ inline void build_routing(const Problem& p, RoutingBuffer& out) {
   out.order.assign(static_cast<size_t>(p.shape.R_cap), 0);
   switch (p.shape.kind) {
     case RoutingKind::TopK:
-      MACHMOE_OK_OR_FAIL(machmoe_routing_from_topk(&layer, p.expert_ids.data(), MACHMOE_I32, p.scores.data(), static_cast<int32_t>(p.scores.dtype()),
-                                                   out.order.data(), &out.views, scratch.data(), scratch.size(), nullptr));
+      out.views.score = const_cast<void*>(p.scores.data());
+      MACHMOE_OK_OR_FAIL(machmoe_routing_from_topk(&layer, p.expert_ids.data(), MACHMOE_I32, &out.views, scratch.data(), scratch.size(), nullptr));
+      std::copy_n(out.views.slot, out.order.size(), out.order.begin());
       break;
     case RoutingKind::Lists:
       MACHMOE_OK_OR_FAIL(machmoe_routing_from_lists(&layer, p.token_ids.data(), p.expert_ids.data(), MACHMOE_I32, p.scores.data(), out.order.data(),
@@ -185,8 +186,7 @@ inline void run_layer(const Problem& p, const Options& options, Results& r) {
   if (options.routing_in_forward) {
     std::memset(routing.memory->data(), 0xFF, routing.memory->size());
     forward.from_topk = 1;
-    forward.topk_ids = p.expert_ids.data(), forward.topk_weights = p.scores.data();
-    forward.ids_dtype = MACHMOE_I32, forward.weights_dtype = static_cast<int32_t>(p.scores.dtype());
+    forward.topk_ids = p.expert_ids.data(), forward.ids_dtype = MACHMOE_I32;
   }
   MACHMOE_OK_OR_FAIL(machmoe_forward(&layer, &routing.views, &weights.views, &forward, forward_workspace.data(), bytes, nullptr));
 

@@ -3,6 +3,7 @@
 
 #include <map>
 
+#include "core/divisor.h"
 #include "layer.h"
 
 namespace machmoe::test {
@@ -23,24 +24,27 @@ void expect_complete(const Problem& p, const RoutingBuffer& b) {
   ASSERT_EQ(R, static_cast<int64_t>(p.pairs.size()));
   if (s.kind == RoutingKind::Rows) return;
 
+  const bool topk = s.kind == RoutingKind::TopK;
+  const auto token_of = [&](int64_t row) -> int64_t { return topk ? r.slot[row] / s.K : r.token[row]; };
   std::map<std::pair<int64_t, int64_t>, const Pair*> pairs;
   for (const Pair& pair : p.pairs) pairs[{pair.token, pair.expert}] = &pair;
   for (int64_t e = 0; e < s.E; e++) {
     for (int64_t row = r.offsets[e]; row < r.offsets[e + 1]; row++) {
       ASSERT_EQ(r.expert[row], e);
-      ASSERT_TRUE(row == r.offsets[e] || r.token[row - 1] < r.token[row]) << "tokens ascend inside an expert";
-      ASSERT_TRUE(pairs.count({r.token[row], e}));
-      const Pair& pair = *pairs[{r.token[row], e}];
-      ASSERT_EQ(static_cast<const float*>(r.score)[row], static_cast<float>(pair.score));
+      ASSERT_TRUE(row == r.offsets[e] || token_of(row - 1) < token_of(row)) << "tokens ascend inside an expert";
+      ASSERT_TRUE(pairs.count({token_of(row), e}));
+      const Pair& pair = *pairs[{token_of(row), e}];
       ASSERT_EQ(b.order[static_cast<size_t>(row)], pair.slot);
-      if (s.kind == RoutingKind::TopK) { ASSERT_EQ(r.inverse[pair.slot], row); }
+      ASSERT_EQ(static_cast<const float*>(r.score)[topk ? r.slot[row] : row], static_cast<float>(pair.score));
+      if (topk) { ASSERT_EQ(r.inverse[pair.slot], row); }
     }
   }
-  for (int64_t row = R; row < s.R_cap; row++) ASSERT_EQ(b.order[static_cast<size_t>(row)], -1);
-  if (s.kind == RoutingKind::TopK) {
+  if (topk) {
     ASSERT_EQ(std::count(r.inverse, r.inverse + s.R_cap, -1), s.R_cap - R);
+    ASSERT_EQ(std::count(r.slot + R, r.slot + s.R_cap, 0), s.R_cap - R) << "rows past R name a slot that is there";
     return;
   }
+  for (int64_t row = R; row < s.R_cap; row++) ASSERT_EQ(b.order[static_cast<size_t>(row)], -1);
   ASSERT_EQ(r.token_offsets[0], 0);
   ASSERT_EQ(r.token_offsets[s.T], R);
   for (int64_t t = 0; t < s.T; t++)
@@ -72,30 +76,34 @@ struct TopkCall {
     EXPECT_EQ(MACHMOE_OK, machmoe_routing_carve(&layer, 1, metadata.data(), &out));
   }
   template <class Id>
-  machmoe_status run(const std::vector<Id>& ids, const Tensor& weights) {
-    return machmoe_routing_from_topk(&layer, ids.data(), sizeof(Id) == 8 ? MACHMOE_I64 : MACHMOE_I32, weights.data(),
-                                     static_cast<int32_t>(weights.dtype()), nullptr, &out, scratch.data(), scratch.size(), nullptr);
+  machmoe_status run(const std::vector<Id>& ids) {
+    return machmoe_routing_from_topk(&layer, ids.data(), sizeof(Id) == 8 ? MACHMOE_I64 : MACHMOE_I32, &out, scratch.data(), scratch.size(), nullptr);
   }
 };
 
-TEST(Routing, ReadsInt64IdsAndHalfWeights) {
-  for (DType dtype : {DType::BF16, DType::F16, DType::F32}) {
-    TopkCall call(2, 4, 2);
-    ASSERT_EQ(MACHMOE_OK, call.run(std::vector<int64_t>{3, 1, int64_t{1} << 40, 3}, Tensor(dtype, std::vector<double>{0.5, 0.25, 1, 2})));
-    EXPECT_THAT(std::vector(call.out.token, call.out.token + 3), testing::ElementsAre(0, 0, 1));
-    EXPECT_THAT(std::vector(static_cast<float*>(call.out.score), static_cast<float*>(call.out.score) + 3), testing::ElementsAre(0.25f, 0.5f, 2.f));
-    EXPECT_THAT(std::vector(call.out.inverse, call.out.inverse + 4), testing::ElementsAre(1, 0, -1, 2));
+TEST(Routing, ReadsInt64Ids) {
+  TopkCall call(2, 4, 2);
+  ASSERT_EQ(MACHMOE_OK, call.run(std::vector<int64_t>{3, 1, int64_t{1} << 40, 3}));
+  EXPECT_THAT(std::vector(call.out.slot, call.out.slot + 3), testing::ElementsAre(1, 0, 3));
+  EXPECT_THAT(std::vector(call.out.inverse, call.out.inverse + 4), testing::ElementsAre(1, 0, -1, 2));
+}
+
+TEST(Routing, QuotientsByProductAndShiftAreExact) {
+  for (uint32_t d : {1u, 2u, 3u, 5u, 6u, 7u, 8u, 10u, 12u, 100u, 127u, 128u, 641u, 65535u, 65537u, 1u << 30, (1u << 31) - 1}) {
+    const Divisor divisor(d);
+    for (uint64_t q : {uint64_t{0}, uint64_t{1}, uint64_t{2}, uint64_t{1000}, (uint64_t{1} << 31) / d / 2, ((uint64_t{1} << 31) - 1) / d})
+      for (uint64_t n : {q * d, q * d + d - 1, q * d + d / 2})
+        if (n < uint64_t{1} << 31) { ASSERT_EQ(divisor.quotient(static_cast<uint32_t>(n)), n / d) << n << " / " << d; }
   }
 }
 
 TEST(Routing, ANegativeIdAndADuplicatePairAreErrors) {
-  const Tensor weights(DType::F32, std::vector<double>(4, 0.5));
   TopkCall call(2, 4, 2);
-  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, call.run(std::vector<int32_t>{0, 1, -2, 3}, weights));
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, call.run(std::vector<int32_t>{0, 1, -2, 3}));
   EXPECT_THAT(machmoe_last_error(), HasSubstr("topk_ids[1, 0] is -2"));
-  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, call.run(std::vector<int32_t>{0, 1, 3, 3}, weights));
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, call.run(std::vector<int32_t>{0, 1, 3, 3}));
   EXPECT_THAT(machmoe_last_error(), HasSubstr("topk_ids[1] names expert 3 twice"));
-  EXPECT_EQ(MACHMOE_OK, call.run(std::vector<int32_t>{0, 1, 7, 7}, weights)) << "dropped slots are no duplicates";
+  EXPECT_EQ(MACHMOE_OK, call.run(std::vector<int32_t>{0, 1, 7, 7})) << "dropped slots are no duplicates";
 }
 
 TEST(Routing, ListsRejectBadTokensAndDuplicates) {

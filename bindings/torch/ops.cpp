@@ -220,7 +220,10 @@ int64_t row_capacity_of(const Tensor& x, const Optional& score, int64_t kind, in
 void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const Optional& score) {
   check(machmoe_routing_carve(&l.layer, 0, metadata.data_ptr(), &l.routing));
   if (counts) l.routing.counts = static_cast<int32_t*>(data(*counts));
-  if (score) l.routing.score = data(*score);
+  if (!score) return;
+  if (dtype_of(*score, "score") != accum_of(l.layer.dtype))
+    throw std::runtime_error("the scores are not float32 (float64 beside float64), expected so");
+  l.routing.score = data(*score);
 }
 
 // ---- routing -------------------------------------------------------------------------------------------------------------------
@@ -324,9 +327,8 @@ Tensor route_backward(const Tensor& dweights, const Optional& daux, const Tensor
 }
 
 // ---- experts -------------------------------------------------------------------------------------------------------------------
-// O, and H unless it is not wanted. ids, weights: of top-K, whose metadata is made in the same call.
-std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Optional& addend, bool save_h, const Tensor* ids, const Tensor* weights,
-                                   void* stream) {
+// O, and H unless it is not wanted. ids: of top-K, whose metadata is made in the same call.
+std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Optional& addend, bool save_h, const Tensor* ids, void* stream) {
   const int64_t planes = is_gated(l.layer.activation) ? 2 : 1;
   const Tensor o = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : Tensor();
@@ -338,8 +340,7 @@ std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Option
   io.o = data(o);
   if (ids) {
     io.from_topk = 1;
-    io.topk_ids = data(*ids), io.topk_weights = data(*weights);
-    io.ids_dtype = dtype_of(*ids, "topk_ids"), io.weights_dtype = dtype_of(*weights, "topk_weights");
+    io.topk_ids = data(*ids), io.ids_dtype = dtype_of(*ids, "topk_ids");
   }
   size_t workspace_bytes = 0;
   check(machmoe_forward_workspace_bytes(&l.layer, &workspace_bytes));
@@ -357,7 +358,7 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& w1, co
     throw std::runtime_error("kind is 0 (top-K), expected 1 (lists) or 2 (rows): topk_experts_forward makes the metadata too");
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, kind, 0, row_capacity_of(x, score, kind, 0), activation, alpha, limit, interleaved);
   use_routing(l, metadata, counts, score);
-  return forward(l, x, addend, save_h, nullptr, nullptr, launch.stream());
+  return forward(l, x, addend, save_h, nullptr, launch.stream());
 }
 
 // Metadata of top-K ids and the experts in one call: O, H, metadata.
@@ -370,8 +371,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_experts_forward(const Tensor& x, const T
   size_t metadata_bytes = 0, unused = 0;
   check(machmoe_routing_bytes(&l.layer, 0, &metadata_bytes, &unused));
   const Tensor metadata = bytes(x, metadata_bytes);
-  use_routing(l, metadata, std::nullopt, std::nullopt);
-  auto [o, h] = forward(l, x, addend, save_h, &ids, &weights, launch.stream());
+  use_routing(l, metadata, std::nullopt, weights);
+  auto [o, h] = forward(l, x, addend, save_h, &ids, launch.stream());
   return {o, h, metadata};
 }
 
@@ -471,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const Launch launch(x);
   const int64_t K = ids.size(1);
   Layer l = make_layer(x, w1, w1_up, w2, b1, b1_up, b2, MACHMOE_TOPK, K, ids.numel(), activation, alpha, limit, interleaved);
-  use_routing(l, metadata, std::nullopt, std::nullopt);
+  use_routing(l, metadata, std::nullopt, weights);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, Tensor(), accum_of(l.layer.dtype), g);

@@ -50,7 +50,7 @@ typedef enum machmoe_activation {
 } machmoe_activation;
 
 typedef enum machmoe_routing_kind {
-  MACHMOE_TOPK = 0,  /* topk_ids, topk_weights [T, K]; row_capacity = T K */
+  MACHMOE_TOPK = 0,  /* ids and weights [T, K], pair (t, k) is slot t K + k; row_capacity = T K */
   MACHMOE_LISTS = 1, /* any (token, expert, score) set of at most row_capacity entries */
   MACHMOE_ROWS = 2   /* rows already dispatched and grouped by expert; T = row_capacity; output row r belongs to input row r */
 } machmoe_routing_kind;
@@ -100,16 +100,18 @@ typedef struct machmoe_weights {
   machmoe_vector b2;             /* [E, d], optional */
 } machmoe_weights;
 
-/* Routing metadata: views into one buffer of machmoe_routing_bytes(), or the caller's own arrays (then call machmoe_routing_complete). */
+/* Routing metadata: views into one buffer of machmoe_routing_bytes(), or the caller's own arrays (then call machmoe_routing_complete).
+ * Rows are grouped by expert. TOPK: score is what the caller makes it, the weights themselves, which live as long as the routing is used. */
 typedef struct machmoe_routing {
   size_t struct_size;
-  int32_t* token;         /* [row_capacity] row -> token, grouped by expert, ascending inside one; null for ROWS */
+  int32_t* slot;          /* TOPK [row_capacity] row -> slot, ascending inside one expert */
+  int32_t* token;         /* LISTS [row_capacity] row -> token, ascending inside one expert */
   int32_t* expert;        /* [row_capacity] row -> expert; optional output, read by machmoe_token_round_backward alone */
-  void* score;            /* [row_capacity] F32 (F64) in row order; null with ROWS: 1 */
+  void* score;            /* F32 (F64). TOPK [T, K]; else [row_capacity] in row order, null with ROWS: 1 */
   int32_t* counts;        /* [E] rows of each expert; R = their sum, on the device */
   int32_t* offsets;       /* [E + 1] */
   int32_t* token_offsets; /* [T + 1] LISTS only */
-  int32_t* inverse;       /* slot -> row, -1 dropped */
+  int32_t* inverse;       /* [row_capacity] slot -> row, -1 dropped; LISTS: slots grouped by token */
   int32_t* tiles;         /* CUDA work lists, else null */
 } machmoe_routing;
 
@@ -154,10 +156,9 @@ MACHMOE_API machmoe_status machmoe_route_backward(const machmoe_route*, const ma
 /* ---- routing metadata ---------------------------------------------------------------------------------------------------- */
 MACHMOE_API machmoe_status machmoe_routing_bytes(const machmoe_layer*, int with_expert, size_t* metadata_bytes, size_t* workspace_bytes);
 MACHMOE_API machmoe_status machmoe_routing_carve(const machmoe_layer*, int with_expert, void* metadata, machmoe_routing* out);
-/* ids [T, K] I32 or I64, weights [T, K] F32, BF16, F16 (F64). Ids outside [0, E) are dropped; negative ids and duplicates are an error on the CPU. */
-MACHMOE_API machmoe_status machmoe_routing_from_topk(const machmoe_layer*, const void* ids, int32_t ids_dtype, const void* weights,
-                                                     int32_t weights_dtype, int32_t* order /* [row_capacity] row -> slot, -1 past R; optional */,
-                                                     const machmoe_routing* out, void* workspace, size_t bytes, void* stream);
+/* ids [T, K] I32 or I64. Ids outside [0, E) are dropped; negative ids and duplicates are an error on the CPU. out.score is neither read nor written. */
+MACHMOE_API machmoe_status machmoe_routing_from_topk(const machmoe_layer*, const void* ids, int32_t ids_dtype, const machmoe_routing* out,
+                                                     void* workspace, size_t bytes, void* stream);
 /* row_capacity triples in any order; scores F32 (F64), optional. */
 MACHMOE_API machmoe_status machmoe_routing_from_lists(const machmoe_layer*, const void* token_ids, const void* expert_ids, int32_t ids_dtype,
                                                       const void* scores,
@@ -193,10 +194,10 @@ typedef struct machmoe_forward_io {
   const void* addend; /* [T, d] added to O, optional; not with ROWS */
   void* h;            /* [row_capacity, 2 or 1, n] saved for the backward; null: inference or recompute */
   void* o;            /* [T, d]; ROWS: [row_capacity, d], rows past R are zero */
-  /* 1, TOPK: the routing is made first, from ids and weights as by machmoe_routing_from_topk, in the workspace of this call. 0: it is complete. */
+  /* 1, TOPK: the routing is made first, from ids as by machmoe_routing_from_topk, in the workspace of this call. 0: it is complete. */
   int32_t from_topk;
-  int32_t ids_dtype, weights_dtype;
-  const void *topk_ids, *topk_weights; /* [T, K] */
+  int32_t ids_dtype;
+  const void* topk_ids; /* [T, K] */
 } machmoe_forward_io;
 MACHMOE_API machmoe_status machmoe_forward_workspace_bytes(const machmoe_layer*, size_t* bytes);
 MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_routing*, const machmoe_weights*, const machmoe_forward_io*,

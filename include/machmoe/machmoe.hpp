@@ -74,7 +74,7 @@ class Routing {
  public:
   Routing() = default;
   Routing(machmoe_routing views, Buffer memory) : views_(views), memory_(std::move(memory)) {}
-  const machmoe_routing& views() const noexcept { return views_; }  // token, expert, score, counts, offsets, ...
+  const machmoe_routing& views() const noexcept { return views_; }  // slot or token, expert, score, counts, offsets, ...
 
  private:
   machmoe_routing views_{};
@@ -120,11 +120,11 @@ class Layer {
   bool gated() const noexcept { return options_.activation <= MACHMOE_REGLU; }
   size_t element_size() const noexcept { return options_.dtype == MACHMOE_F64 ? 8 : options_.dtype == MACHMOE_F32 ? 4 : 2; }
 
-  // ids [T, K] int32, weights [T, K] fp32.
-  Routing route_topk(const int32_t* ids, const float* weights) const {
-    return make_routing([&](const machmoe_routing& out, const Buffer& scratch) {
-      return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, weights, MACHMOE_F32, nullptr, &out, scratch.data(), scratch.size(),
-                                       options_.stream);
+  // ids [T, K] int32; weights [T, K] fp32 (fp64) stay the caller's memory, as long as the routing is used.
+  Routing route_topk(const int32_t* ids, const void* weights) const {
+    return make_routing([&](machmoe_routing& out, const Buffer& scratch) {
+      out.score = const_cast<void*>(weights);  // only read
+      return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, &out, scratch.data(), scratch.size(), options_.stream);
     });
   }
   // row_capacity triples in any order.

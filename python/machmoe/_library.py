@@ -39,10 +39,10 @@ def metadata_layout(kind, num_tokens, num_experts, capacity, *, cuda, f64=False)
     if cuda:
         experts_with_rows = min(num_experts, capacity)  # torch.sym_min of plain sizes cannot be traced
         parts["tiles"] = 4 + 4 * num_experts + 4 * (capacity // 128 + experts_with_rows)  # src/cuda/work.h
-    if kind != ROWS:
-        parts |= {"token": capacity, "score": capacity * (2 if f64 else 1), "inverse": capacity}
+    if kind == TOPK:
+        parts |= {"inverse": capacity, "slot": capacity}
     if kind == LISTS:
-        parts["token_offsets"] = num_tokens + 1
+        parts |= {"inverse": capacity, "token": capacity, "score": capacity * (2 if f64 else 1), "token_offsets": num_tokens + 1}
     layout, start = {}, 0
     for name, length in parts.items():
         layout[name] = (start, length)
@@ -115,7 +115,7 @@ def _(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, score, kind, ac
 @torch.library.register_fake("machmoe::topk_experts_forward")
 def _(x, w1, w1_up, w2, b1, b1_up, b2, addend, ids, weights, activation, alpha, limit, interleaved, save_h):
     tokens, k = ids.shape
-    _, size = metadata_layout(TOPK, tokens, w2.shape[0], tokens * k, cuda=x.is_cuda, f64=x.dtype == torch.float64)
+    _, size = metadata_layout(TOPK, tokens, w2.shape[0], tokens * k, cuda=x.is_cuda)
     return *_forward(x, w2, tokens * k, activation, save_h), ids.new_empty(size, dtype=torch.int32)
 
 

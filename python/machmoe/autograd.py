@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._library import DTYPES, TOPK, ops
+from ._library import DTYPES, TOPK, accum_of, ops
 
 
 def saves_h(recompute):
@@ -28,21 +28,21 @@ def reads_h_last(ctx, h, *gradients):
 
 class Experts(torch.autograd.Function):
     """call: (routing, counts, kind, options, save_h) in one, since every argument of an autograd.Function takes its time; routing is the ids of a
-    top-K routing, the metadata of any other. Saved: x, the weights themselves, H (unless recompute), metadata, and the scores of general routings."""
+    top-K routing, the metadata of any other. Saved: x, the weights and the fp32 (fp64) scores themselves, H (unless recompute), metadata."""
 
     @staticmethod
     def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, call):
         routing, counts, kind, options, save_h = call
         save_h = save_h and any(ctx.needs_input_grad)
+        ctx.score_dtype = -1 if scores is None else DTYPES[scores.dtype]
         if kind == TOPK:
-            k, row_scores = routing.shape[1], None
+            k, scores = routing.shape[1], scores.to(accum_of(x.dtype))
             o, h, metadata = ops.topk_experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, routing, scores, *options, save_h)
         else:
-            k, metadata, row_scores = 0, routing, scores
-            o, h = ops.experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, row_scores, kind, *options, save_h)
-        ctx.save_for_backward(x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, row_scores)
+            k, metadata = 0, routing
+            o, h = ops.experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, metadata, counts, scores, kind, *options, save_h)
+        ctx.save_for_backward(x, w1, w1_up, w2, b1, b1_up, b2, h, metadata, counts, scores)
         ctx.options = (kind, k, *options)
-        ctx.score_dtype = -1 if scores is None else DTYPES[scores.dtype]
         return o
 
     @staticmethod

@@ -49,15 +49,13 @@ struct Operand {
   const T* data;
   int64_t ld;
 };
-// token != null: rows are gathered. Otherwise they are used in place unless they need padding: what follows an expert's rows is another's.
+// Rows with an index are gathered. Others are used in place unless they need padding: what follows an expert's rows is another's.
 template <class T>
-Operand<T> rows_operand(const T* base, int64_t ld, const int32_t* token, int64_t first, int64_t rows, int64_t first_col, int64_t cols,
-                        Scratch purpose) {
-  if (!token && padded(rows) == rows) return {base + first * ld + first_col, ld};
+Operand<T> rows_operand(const T* base, int64_t ld, RowSource source, int64_t first, int64_t rows, int64_t first_col, int64_t cols, Scratch purpose) {
+  if (!source.index && padded(rows) == rows) return {base + first * ld + first_col, ld};
   T* out = scratch<T>(purpose, padded(rows) * cols);
   for (int64_t i = 0; i < rows; i++) {
-    const int64_t row = token ? token[first + i] : first + i;
-    std::memcpy(out + i * cols, base + row * ld + first_col, static_cast<size_t>(cols) * sizeof(T));
+    std::memcpy(out + i * cols, base + source[first + i] * ld + first_col, static_cast<size_t>(cols) * sizeof(T));
   }
   std::memset(static_cast<void*>(out + rows * cols), 0, static_cast<size_t>((padded(rows) - rows) * cols) * sizeof(T));
   return {out, cols};
@@ -111,7 +109,7 @@ void up_proj_of(const UpProjArgs& p) {
   parallel_for(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
     const RowTile t = tiles[static_cast<size_t>(item)];
     const int64_t M = padded(t.rows);
-    const auto x = rows_operand(static_cast<const T*>(p.x), d, p.routing.token, t.first, t.rows, 0, d, kLeft);
+    const auto x = rows_operand(static_cast<const T*>(p.x), d, row_source(s, p.routing), t.first, t.rows, 0, d, kLeft);
     Accum *up = scratch<Accum>(kTile, M * n), *gate = gated ? scratch<Accum>(kGateTile, M * n) : nullptr;
     gemm({GemmLayout::NT, s.dtype, false, M, n, d, x.data, x.ld, expert_base<T>(p.w1_up, t.expert), p.w1_up.row_stride, up, n});
     if (gated) gemm({GemmLayout::NT, s.dtype, false, M, n, d, x.data, x.ld, expert_base<T>(p.w1_gate, t.expert), p.w1_gate.row_stride, gate, n});
@@ -132,8 +130,8 @@ void zero_rows_past(int64_t R, const Shape& s, void* rows) {
   if (s.R_cap > R) std::memset(static_cast<void*>(static_cast<T*>(rows) + R * s.d), 0, static_cast<size_t>((s.R_cap - R) * s.d) * sizeof(T));
 }
 template <class T>
-AccumOf<T> score_of(const Routing& r, int64_t row) {
-  return r.score ? static_cast<const AccumOf<T>*>(r.score)[row] : AccumOf<T>(1);
+AccumOf<T> score_of(const Shape& s, const Routing& r, int64_t row) {
+  return r.score ? static_cast<const AccumOf<T>*>(r.score)[s.kind == RoutingKind::TopK ? r.slot[row] : row] : AccumOf<T>(1);
 }
 
 template <class T>
@@ -145,13 +143,13 @@ void down_proj_of(const DownProjArgs& p) {
   parallel_for(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
     const RowTile t = tiles[static_cast<size_t>(item)];
     const int64_t M = padded(t.rows), d = s.d;
-    const auto a = rows_operand(static_cast<const T*>(p.a), s.n, nullptr, t.first, t.rows, 0, s.n, kLeft);
+    const auto a = rows_operand(static_cast<const T*>(p.a), s.n, {}, t.first, t.rows, 0, s.n, kLeft);
     Accum* c = scratch<Accum>(kTile, M * d);
     gemm({GemmLayout::NT, s.dtype, false, M, d, s.n, a.data, a.ld, expert_base<T>(p.w2, t.expert), p.w2.row_stride, c, d});
     const Accum* b2 = rows_kind ? dense_bias<T>(p.b2, t.expert, d, kBias) : nullptr;
     for (int64_t i = 0; i < t.rows; i++) {
       T* y = static_cast<T*>(p.y) + (t.first + i) * d;
-      const Accum *from = c + i * d, score = rows_kind ? score_of<T>(p.routing, t.first + i) : Accum(1);
+      const Accum *from = c + i * d, score = rows_kind ? score_of<T>(s, p.routing, t.first + i) : Accum(1);
       if (b2) {
         for (int64_t j = 0; j < d; j++) y[j] = static_cast<T>(score * (from[j] + b2[j]));
       } else {
@@ -195,7 +193,7 @@ void aggregate_of(const AggregateArgs& p) {
         const int64_t row = r.inverse[slot];
         if (row < 0) continue;
         const T* y = static_cast<const T*>(p.y) + row * d;
-        const Accum score = p.weighted ? score_of<T>(r, row) : Accum(1);
+        const Accum score = p.weighted ? score_of<T>(s, r, row) : Accum(1);
         for (int64_t j = 0; j < d; j++) sum[j] += score * static_cast<Accum>(y[j]);
         if (!p.weighted || !p.b2.base) continue;
         const int64_t e = std::upper_bound(r.offsets, r.offsets + s.E + 1, row) - r.offsets - 1;
@@ -237,14 +235,14 @@ void down_proj_bwd_of(const DownProjBwdArgs& p) {
   parallel_for(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
     const RowTile t = tiles[static_cast<size_t>(item)];
     const int64_t M = padded(t.rows);
-    const auto d_o = rows_operand(static_cast<const T*>(p.d_o), d, p.routing.token, t.first, t.rows, 0, d, kLeft);
+    const auto d_o = rows_operand(static_cast<const T*>(p.d_o), d, row_source(s, p.routing), t.first, t.rows, 0, d, kLeft);
     Accum* da = scratch<Accum>(kTile, M * n);
     gemm({GemmLayout::NN, s.dtype, false, M, n, d, d_o.data, d_o.ld, expert_base<T>(p.w2, t.expert), p.w2.row_stride, da, n});
     const Accum* b2 = dense_bias<T>(p.b2, t.expert, d, kBias);
     for (int64_t i = 0; i < t.rows; i++) {
       const int64_t row = t.first + i;
       const T* h = static_cast<const T*>(p.h) + row * planes * n;
-      Accum ds = backward_row<kind>(da + i * n, h, score_of<T>(p.routing, row), s.act, n, static_cast<T*>(p.dh) + row * planes * n,
+      Accum ds = backward_row<kind>(da + i * n, h, score_of<T>(s, p.routing, row), s.act, n, static_cast<T*>(p.dh) + row * planes * n,
                                     static_cast<T*>(p.a_prime) + row * n);
       for (int64_t j = 0; b2 && j < d; j++) ds += static_cast<Accum>(d_o.data[i * d_o.ld + j]) * b2[j];
       static_cast<Accum*>(p.ds_parts)[row] = ds;
@@ -262,7 +260,7 @@ void up_proj_bwd_of(const UpProjBwdArgs& p) {
   parallel_for(static_cast<int64_t>(tiles.size()), [&](int64_t item) {
     const RowTile t = tiles[static_cast<size_t>(item)];
     const int64_t M = padded(t.rows);
-    const auto dh = rows_operand(static_cast<const T*>(p.dh), planes * n, nullptr, t.first, t.rows, 0, planes * n, kLeft);
+    const auto dh = rows_operand(static_cast<const T*>(p.dh), planes * n, {}, t.first, t.rows, 0, planes * n, kLeft);
     Accum* c = scratch<Accum>(kTile, M * d);
     if (planes == 2) gemm({GemmLayout::NN, s.dtype, false, M, d, n, dh.data, dh.ld, expert_base<T>(p.w1_gate, t.expert), p.w1_gate.row_stride, c, d});
     gemm({GemmLayout::NN, s.dtype, planes == 2, M, d, n, dh.data + (planes - 1) * n, dh.ld, expert_base<T>(p.w1_up, t.expert), p.w1_up.row_stride, c,
@@ -293,10 +291,10 @@ template <class T>
 struct Reduction {
   const T* left;
   int64_t left_ld;
-  const int32_t* left_token;
+  RowSource left_source;
   const T* right;
   int64_t right_ld;
-  const int32_t* right_token;
+  RowSource right_source;
   int64_t cols;
 };
 template <class T>
@@ -305,8 +303,8 @@ void reduce_rows(const Shape& s, const Routing& r, const Reduction<T>& p, int64_
   if (begin == end) std::fill(c, c + count * p.cols, AccumOf<T>(0));
   for (int64_t row = begin; row < end; row += kTokenBlock) {
     const int64_t rows = std::min(kTokenBlock, end - row);
-    const auto left = rows_operand(p.left, p.left_ld, p.left_token, row, rows, first, count, kLeft);
-    const auto right = rows_operand(p.right, p.right_ld, p.right_token, row, rows, 0, p.cols, kRight);
+    const auto left = rows_operand(p.left, p.left_ld, p.left_source, row, rows, first, count, kLeft);
+    const auto right = rows_operand(p.right, p.right_ld, p.right_source, row, rows, 0, p.cols, kRight);
     gemm({GemmLayout::TN, s.dtype, row != begin, count, p.cols, padded(rows), left.data, left.ld, right.data, right.ld, c, p.cols});
   }
 }
@@ -327,15 +325,15 @@ void weight_grad_of(const Shape& s, const Routing& r, const Reduction<T>& p, int
 // ---- db1, db2 --------------------------------------------------------------------------------------------------------------------
 // Column sums over the rows of an expert, each row times its factor, in row order.
 template <class T, class Out, class Factor>
-void column_sums(const Shape& s, const Routing& r, const T* rows, int64_t ld, const int32_t* token, int64_t cols, const MutableBias& out,
-                 bool accumulate, Factor factor) {
+void column_sums(const Shape& s, const Routing& r, const T* rows, int64_t ld, RowSource source, int64_t cols, const MutableBias& out, bool accumulate,
+                 Factor factor) {
   using Accum = AccumOf<T>;
   if (!out.base) return;
   parallel_for(s.E, [&](int64_t e) {
     Accum* sum = scratch<Accum>(kTile, cols);
     std::fill(sum, sum + cols, Accum(0));
     for (int64_t row = r.offsets[e]; row < r.offsets[e + 1]; row++) {
-      const T* from = rows + (token ? token[row] : row) * ld;
+      const T* from = rows + source[row] * ld;
       const Accum f = factor(row);
       for (int64_t j = 0; j < cols; j++) sum[j] += f * static_cast<Accum>(from[j]);
     }
@@ -386,7 +384,7 @@ void weight_grad_w2(const WeightGradW2Args& p, Stream) {
   dispatch_grad(p.shape, p.out_dtype, [&](auto type, auto out) {
     using T = typename decltype(type)::type;
     const Reduction<T> product{
-        static_cast<const T*>(p.d_o), p.shape.d, p.routing.token, static_cast<const T*>(p.a_prime), p.shape.n, nullptr, p.shape.n};
+        static_cast<const T*>(p.d_o), p.shape.d, row_source(p.shape, p.routing), static_cast<const T*>(p.a_prime), p.shape.n, {}, p.shape.n};
     weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, p.shape.d, p.dw2, p.accumulate);
   });
 }
@@ -395,8 +393,8 @@ void weight_grad_w1(const WeightGradW1Args& p, Stream) {
     using T = typename decltype(type)::type;
     const int64_t planes = p.shape.planes(), n = p.shape.n;
     for (int64_t plane = 0; plane < planes; plane++) {
-      const Reduction<T> product{
-          static_cast<const T*>(p.dh) + plane * n, planes * n, nullptr, static_cast<const T*>(p.x), p.shape.d, p.routing.token, p.shape.d};
+      const Reduction<T> product{static_cast<const T*>(p.dh) + plane * n, planes * n, {}, static_cast<const T*>(p.x), p.shape.d,
+                                 row_source(p.shape, p.routing),          p.shape.d};
       weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, n, planes == 2 && plane == 0 ? p.dw1_gate : p.dw1_up,
                                                       p.accumulate);
     }
@@ -411,10 +409,10 @@ void bias_grad(const BiasGradArgs& p, Stream) {
     const auto one = [](int64_t) { return AccumOf<T>(1); };
     const int64_t planes = s.planes(), ld = planes * s.n;
     const auto* dh = static_cast<const T*>(p.dh);
-    if (planes == 2) column_sums<T, Out>(s, p.routing, dh, ld, nullptr, s.n, p.db1_gate, p.accumulate, one);
-    column_sums<T, Out>(s, p.routing, dh + (planes - 1) * s.n, ld, nullptr, s.n, p.db1_up, p.accumulate, one);
-    column_sums<T, Out>(s, p.routing, static_cast<const T*>(p.d_o), s.d, p.routing.token, s.d, p.db2, p.accumulate,
-                        [&](int64_t row) { return score_of<T>(p.routing, row); });
+    if (planes == 2) column_sums<T, Out>(s, p.routing, dh, ld, {}, s.n, p.db1_gate, p.accumulate, one);
+    column_sums<T, Out>(s, p.routing, dh + (planes - 1) * s.n, ld, {}, s.n, p.db1_up, p.accumulate, one);
+    column_sums<T, Out>(s, p.routing, static_cast<const T*>(p.d_o), s.d, row_source(s, p.routing), s.d, p.db2, p.accumulate,
+                        [&](int64_t row) { return score_of<T>(s, p.routing, row); });
   });
 }
 

@@ -25,7 +25,8 @@ void sum_counts(const Shape& s, const Routing& r) {
 }
 
 void clear_rows_past(int64_t R, const Shape& s, const Routing& r, int32_t* order) {
-  std::fill(r.token + R, r.token + s.R_cap, 0);
+  int32_t* const index = s.kind == RoutingKind::TopK ? r.slot : r.token;
+  std::fill(index + R, index + s.R_cap, 0);
   if (r.expert) std::fill(r.expert + R, r.expert + s.R_cap, 0);
   if (order) std::fill(order + R, order + s.R_cap, -1);
 }
@@ -70,7 +71,7 @@ void index_topk(const IndexTopkArgs& p, Stream) {
   sum_counts(s, p.out);
 
   const int64_t R = p.out.offsets[s.E];
-  std::vector<int32_t> next(p.out.offsets, p.out.offsets + s.E), order(static_cast<size_t>(R));
+  std::vector<int32_t> next(p.out.offsets, p.out.offsets + s.E);
   for (int64_t slot = 0; slot < s.R_cap; slot++) {
     const int64_t expert = ids[slot];
     if (expert >= s.E) {
@@ -79,13 +80,10 @@ void index_topk(const IndexTopkArgs& p, Stream) {
     }
     const int32_t row = next[expert]++;
     p.out.inverse[slot] = row;
-    order[row] = static_cast<int32_t>(slot);
-    p.out.token[row] = static_cast<int32_t>(slot / s.K);
+    p.out.slot[row] = static_cast<int32_t>(slot);
     if (p.out.expert) p.out.expert[row] = static_cast<int32_t>(expert);
   }
-  dispatch_float(p.weights_dtype, [&](auto tag) { permute_scores(s, p.out, static_cast<const typename decltype(tag)::type*>(p.weights), order); });
-  if (p.order) std::copy(order.begin(), order.end(), p.order);
-  clear_rows_past(R, s, p.out, p.order);
+  clear_rows_past(R, s, p.out, nullptr);
 }
 
 void index_lists(const IndexListsArgs& p, Stream) {

@@ -10,7 +10,6 @@ struct AggregateParams {
   Routing routing;
   int64_t T, E;
   int d, K;
-  bool topk;
   const bf16 *y, *addend, *b2;
   int64_t b2_stride, b2_expert_stride;
   bf16* out;
@@ -27,12 +26,12 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
 }
 
 // kRows: rows in flight per thread; fewer leave registers for more blocks.
-template <bool kWeighted, bool kBias, int kRows>
+template <bool kTopk, bool kWeighted, bool kBias, int kRows>
 __global__ void __launch_bounds__(256, kRows == 2 ? 8
                                        : kBias    ? 4
                                                   : 5) aggregate_kernel(const __grid_constant__ AggregateParams p) {
   const int64_t t = blockIdx.x;
-  const int begin = p.topk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = p.topk ? begin + p.K : p.routing.token_offsets[t + 1];
+  const int begin = kTopk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = kTopk ? begin + p.K : p.routing.token_offsets[t + 1];
   const auto* score = static_cast<const float*>(p.routing.score);
   for (int column = static_cast<int>(threadIdx.x) * 8; column < p.d; column += static_cast<int>(blockDim.x) * 8) {
     float sum[8] = {};
@@ -42,12 +41,15 @@ __global__ void __launch_bounds__(256, kRows == 2 ? 8
       Vec8 y[kRows];
       float s[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; i++) row[i] = slot + i < end ? p.routing.inverse[slot + i] : -1;
+      for (int i = 0; i < kRows; i++) {
+        row[i] = slot + i < end ? p.routing.inverse[slot + i] : -1;
+        if (kTopk && kWeighted) s[i] = slot + i < end ? score[slot + i] : 0.f;
+      }
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
         if (row[i] < 0) continue;
         y[i] = Vec8::load(p.y + int64_t{row[i]} * p.d + column);
-        s[i] = kWeighted ? score[row[i]] : 1.f;
+        if (!kTopk && kWeighted) s[i] = score[row[i]];
       }
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
@@ -77,7 +79,6 @@ void aggregate(const AggregateArgs& a, Stream stream) {
                           s.E,
                           static_cast<int>(s.d),
                           static_cast<int>(s.K),
-                          s.kind == RoutingKind::TopK,
                           static_cast<const bf16*>(a.y),
                           static_cast<const bf16*>(a.addend),
                           static_cast<const bf16*>(a.b2.base),
@@ -87,11 +88,15 @@ void aggregate(const AggregateArgs& a, Stream stream) {
   const auto blocks = static_cast<unsigned>(s.T);
   const int64_t vectors = s.d / 8, turns = (vectors + 255) / 256;  // of a block of at most 256 threads over its columns
   const auto threads = static_cast<unsigned>((vectors + 32 * turns - 1) / (32 * turns) * 32);
-  const auto launch = [&](auto kernel) { kernel<<<blocks, threads, 0, stream_of(stream)>>>(p); };
   const bool few = s.R_cap < 3 * s.T;  // rows a token, with what token rounding may add to two
-  if (a.weighted && a.b2.base) launch(aggregate_kernel<true, true, 4>);
-  else if (a.weighted) launch(few ? aggregate_kernel<true, false, 2> : aggregate_kernel<true, false, 4>);
-  else launch(few ? aggregate_kernel<false, false, 2> : aggregate_kernel<false, false, 4>);
+  const auto launch = [&]<bool kTopk>() {
+    const auto kernel = a.weighted && a.b2.base ? aggregate_kernel<kTopk, true, true, 4>
+                        : a.weighted            ? (few ? aggregate_kernel<kTopk, true, false, 2> : aggregate_kernel<kTopk, true, false, 4>)
+                                                : (few ? aggregate_kernel<kTopk, false, false, 2> : aggregate_kernel<kTopk, false, false, 4>);
+    kernel<<<blocks, threads, 0, stream_of(stream)>>>(p);
+  };
+  if (s.kind == RoutingKind::TopK) launch.template operator()<true>();
+  else launch.template operator()<false>();
   MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 

@@ -1,5 +1,6 @@
 // db1, db2: column sums over the rows of an expert. A block takes 64 columns of one expert: 8 threads of 8 columns, 32 rows at a time; then the
 // 32 partial sums in order.
+#include "cuda/gather.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/vector.cuh"
@@ -10,10 +11,11 @@ namespace {
 constexpr int kColumns = 64, kRowLanes = 32, kThreads = 256;
 
 struct ColumnSum {
-  const bf16* rows;  // row r of plane p starts at rows + (token ? token[r] : r) ld + p columns
+  const bf16* rows;  // row r of plane p starts at rows + source[r] ld + p columns
   int64_t ld;
-  const int* token;
-  const float* score;  // factor of a row, null: 1
+  Gather source;
+  const int* slot;     // row -> place of its factor; null: the row
+  const float* score;  // factors, null: 1
   const int* offsets;
   int64_t columns;
   MutableBias out[2];  // of each plane
@@ -38,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_const
       for (int i = 0; i < kUnroll; i++) {
         const int row = base + i * kRowLanes;
         if (row >= end) continue;
-        v[i] = Vec8::load(rows + int64_t{p.token ? p.token[row] : row} * p.ld);
-        factor[i] = p.score ? p.score[row] : 1.f;
+        v[i] = Vec8::load(rows + int64_t{p.source[row]} * p.ld);
+        factor[i] = p.score ? p.score[p.slot ? p.slot[row] : row] : 1.f;
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; i++) {
@@ -79,12 +81,22 @@ void bias_grad(const BiasGradArgs& a, Stream stream) {
   const auto* score = static_cast<const float*>(a.routing.score);
   if (a.db1_up.base) {
     const bool gated = s.act.gated();
-    launch(
-        a,
-        {static_cast<const bf16*>(a.dh), s.planes() * s.n, nullptr, nullptr, offsets, s.n, {gated ? a.db1_gate : a.db1_up, a.db1_up}, a.accumulate},
-        s.planes(), stream);
+    launch(a,
+           {static_cast<const bf16*>(a.dh),
+            s.planes() * s.n,
+            {},
+            nullptr,
+            nullptr,
+            offsets,
+            s.n,
+            {gated ? a.db1_gate : a.db1_up, a.db1_up},
+            a.accumulate},
+           s.planes(), stream);
   }
-  if (a.db2.base) launch(a, {static_cast<const bf16*>(a.d_o), s.d, a.routing.token, score, offsets, s.d, {a.db2, {}}, a.accumulate}, 1, stream);
+  if (a.db2.base)
+    launch(a,
+           {static_cast<const bf16*>(a.d_o), s.d, Gather(row_source(s, a.routing)), a.routing.slot, score, offsets, s.d, {a.db2, {}}, a.accumulate},
+           1, stream);
 }
 
 }  // namespace machmoe::cuda

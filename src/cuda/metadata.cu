@@ -3,8 +3,6 @@
 //   lists   one cooperative launch puts the pairs in (token, expert) order, which makes them the slots of the same two
 //   rows    one launch: offsets and the work lists from counts; ready-made lists also group their rows by token
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 
@@ -40,7 +38,6 @@ struct SortParams {
   uint16_t* rank;       // [slots] among the slots of the same chunk and expert
   Routing out;
   WorkList work;
-  int* order;                 // optional
   uint32_t* turns = nullptr;  // set to 0; optional
 };
 extern __shared__ int shared_memory[];
@@ -161,21 +158,19 @@ struct ScatterMemory {
   int* start;           // [E] rows of lower experts in this chunk: the chunk is sorted in shared memory first, so that runs of rows leave together
   int* shift;           // [E] from there to the routing's rows
   unsigned* item;       // [slots of a chunk] expert and slot
-  float* score;         // [slots of a chunk]
   static constexpr int64_t pitch(int64_t E) { return (E + 1) / 2 * 2; }
-  __device__ ScatterMemory(int* memory, int E, int chunk_slots)
+  __device__ ScatterMemory(int* memory, int E)
       : before(memory),
         total(before + pitch(E)),
         start(total + pitch(E)),
         shift(start + pitch(E)),
-        item(reinterpret_cast<unsigned*>(shift + pitch(E))),
-        score(reinterpret_cast<float*>(item + chunk_slots)) {}
+        item(reinterpret_cast<unsigned*>(shift + pitch(E))) {}
   static size_t bytes(int64_t E, const Chunks& chunks) {
-    return sizeof(int) * static_cast<size_t>(std::max(4 * pitch(E) + 2 * chunks.per_lane * kIndexThreads, ExpertScan::ints(E)));
+    return sizeof(int) * static_cast<size_t>(std::max(4 * pitch(E) + chunks.per_lane * kIndexThreads, ExpertScan::ints(E)));
   }
 };
 
-// Source: token, score and order of a slot.
+// Source: writes what a row needs to know of its slot.
 template <class Id, class Source>
 __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p, const Id* ids, Source source) {
   const int lists = work_blocks(p.E), blocks = static_cast<int>(gridDim.x) - lists, block = static_cast<int>(blockIdx.x) - lists,
@@ -188,9 +183,8 @@ __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p,
     return;
   }
   const int per_lane = p.chunks.per_lane, chunk_slots = per_lane * kIndexThreads;
-  const ScatterMemory m(shared_memory, p.E, chunk_slots);
+  const ScatterMemory m(shared_memory, p.E);
   int expert[kMaxPerLane], rank[kMaxPerLane], own[kItems];
-  float score[kMaxPerLane];
   const auto load = [&](int chunk) {
     load_experts(p, ids, chunk, expert);
 #pragma unroll
@@ -199,12 +193,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p,
       own[i] = e < p.E ? p.histogram[chunk * ScatterMemory::pitch(p.E) + e] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kMaxPerLane; i++) {
-      const int64_t slot = slot_of(per_lane, chunk, i);
-      const bool kept = expert[i] < p.E;
-      rank[i] = kept ? p.rank[slot] : 0;
-      score[i] = kept ? source.score(slot) : 0.f;
-    }
+    for (int i = 0; i < kMaxPerLane; i++) rank[i] = expert[i] < p.E ? p.rank[slot_of(per_lane, chunk, i)] : 0;
   };
   const int first = count * block / blocks, end = count * (block + 1) / blocks;  // count < 2^20
   load(first);
@@ -242,35 +231,27 @@ __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p,
       const int at = m.start[e] + rank[i];
       p.out.inverse[slot] = m.shift[e] + at;
       m.item[at] = static_cast<unsigned>(e) << 16 | static_cast<unsigned>(slot - base);
-      m.score[at] = score[i];
     }
     __syncthreads();
     if (chunk + 1 < end) load(chunk + 1);
     for (int at = threadIdx.x; at < static_cast<int>(static_cast<unsigned>(sums)); at += kIndexThreads) {
       const unsigned item = m.item[at];
       const int e = static_cast<int>(item >> 16), row = m.shift[e] + at;
-      const int64_t slot = base + (item & 0xFFFFu);
-      p.out.token[row] = source.token(slot);
+      source.write(p.out, row, base + (item & 0xFFFFu));
       if (p.out.expert) p.out.expert[row] = e;
-      if (p.out.score) static_cast<float*>(p.out.score)[row] = m.score[at];
-      if (p.order) p.order[row] = source.order(slot);
     }
     rows = static_cast<int>(sums >> 32);
     __syncthreads();
   }
   for (int64_t row = rows + int64_t{block} * kIndexThreads + threadIdx.x; row < p.slots; row += int64_t{blocks} * kIndexThreads) {
     clear_row(p.out, row);
-    if (p.order) p.order[row] = -1;
+    source.clear(row);
   }
 }
 
-template <class Weight>
 struct TopkSource {
-  const Weight* weights;
-  unsigned K;
-  __device__ int token(int64_t slot) const { return static_cast<int>(static_cast<unsigned>(slot) / K); }
-  __device__ float score(int64_t slot) const { return static_cast<float>(weights[slot]); }
-  __device__ int order(int64_t slot) const { return static_cast<int>(slot); }
+  __device__ void write(const Routing& out, int row, int64_t slot) const { out.slot[row] = static_cast<int>(slot); }
+  __device__ void clear(int64_t) const {}
 };
 
 // ---- grouping by token ---------------------------------------------------------------------------------------------------------
@@ -365,9 +346,16 @@ struct ListSource {
   const Id* tokens;
   const float* scores;  // optional
   const int* position;
-  __device__ int token(int64_t slot) const { return static_cast<int>(tokens[position[slot]]); }
-  __device__ float score(int64_t slot) const { return scores ? scores[position[slot]] : 0.f; }
-  __device__ int order(int64_t slot) const { return position[slot]; }
+  int* order;  // optional
+  __device__ void write(const Routing& out, int row, int64_t slot) const {
+    const int i = position[slot];
+    out.token[row] = static_cast<int>(tokens[i]);
+    if (scores) static_cast<float*>(out.score)[row] = scores[i];
+    if (order) order[row] = i;
+  }
+  __device__ void clear(int64_t row) const {
+    if (order) order[row] = -1;
+  }
 };
 
 // ---- counts ready ----------------------------------------------------------------------------------------------------------------
@@ -431,12 +419,6 @@ void dispatch_ids(DType dtype, F&& f) {
   if (dtype == DType::I64) f(int64_t{});
   else f(int32_t{});
 }
-template <class F>
-void dispatch_weights(DType dtype, F&& f) {
-  if (dtype == DType::BF16) f(__nv_bfloat16{});
-  else if (dtype == DType::F16) f(__half{});
-  else f(float{});
-}
 
 // The two launches of the sort.
 template <class Id, class Source>
@@ -463,13 +445,8 @@ void index_topk(const IndexTopkArgs& a, Stream stream) {
   check_experts(s);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order, a.turns};
-  dispatch_ids(a.ids_dtype, [&](auto id) {
-    dispatch_weights(a.weights_dtype, [&](auto weight) {
-      const TopkSource<decltype(weight)> source{static_cast<const decltype(weight)*>(a.weights), static_cast<unsigned>(s.K)};
-      launch_sort(p, static_cast<const decltype(id)*>(a.ids), source, stream);
-    });
-  });
+  const SortParams p{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.turns};
+  dispatch_ids(a.ids_dtype, [&](auto id) { launch_sort(p, static_cast<const decltype(id)*>(a.ids), TopkSource(), stream); });
 }
 
 void index_lists(const IndexListsArgs& a, Stream stream) {
@@ -483,12 +460,12 @@ void index_lists(const IndexListsArgs& a, Stream stream) {
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
   const ListsParams lists{s.R_cap, static_cast<int>(s.E), token_groups(s, a.out, b), a.token_ids, a.expert_ids, b.slot_expert, b.slot_position};
-  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E), a.order};
+  SortParams sort{s.R_cap, static_cast<int>(s.E), Chunks(s.R_cap, s.E), b.histogram, b.rank, a.out, work_list(a.out.tiles, s.E)};
   if (!a.scores) sort.out.score = nullptr;  // left alone, also past R
   dispatch_ids(a.ids_dtype, [&](auto id) {
     using Id = decltype(id);
     launch_cooperative(lists_kernel<Id>, s.R_cap, 0, stream, lists);
-    const ListSource<Id> source{static_cast<const Id*>(a.token_ids), static_cast<const float*>(a.scores), b.slot_position};
+    const ListSource<Id> source{static_cast<const Id*>(a.token_ids), static_cast<const float*>(a.scores), b.slot_position, a.order};
     launch_sort(sort, b.slot_expert, source, stream);
   });
 }

@@ -121,8 +121,8 @@ __device__ void write_work(const ExpertScan& scan, int E, int block, int blocks,
 
 // What stands in the rows past R.
 __device__ inline void clear_row(const Routing& r, int64_t row) {
-  r.token[row] = 0;
-  if (r.score) static_cast<float*>(r.score)[row] = 0.f;
+  (r.slot ? r.slot : r.token)[row] = 0;
+  if (r.score && !r.slot) static_cast<float*>(r.score)[row] = 0.f;
   if (r.expert) r.expert[row] = 0;
 }
 

@@ -97,6 +97,7 @@ struct Case {
   bool accumulate = false, bias = false;
   bool nan_neighbours = false;  // every second expert carries NaN in all it owns; the others must not notice
   int64_t spare = 5;            // rows of capacity beyond R
+  int64_t K = 0;                // TopK
 };
 
 struct Problem {
@@ -105,9 +106,9 @@ struct Problem {
   Routing r;
   int64_t R = 0, planes, parts;
   std::vector<int> offsets, expert;
-  Buffer<int> d_token, d_offsets, d_expert, d_tiles;
+  Buffer<int> d_token, d_slot, d_offsets, d_expert, d_tiles;
   Buffer<uint32_t> turns;
-  Buffer<float> score, ds;
+  Buffer<float> score, slot_score, ds;  // score: of the rows, for the references
   Buffer<bf16> x, d_o, w1, w2, b2, h, dh_in, a_in, dh, a_prime, dx;
   Buffer<uint8_t> dw1, dw2;
   size_t element;
@@ -121,7 +122,7 @@ struct Problem {
       offsets.push_back(static_cast<int>(R));
     }
     const bool rows = c.kind == RoutingKind::Rows;
-    s = {.T = rows ? R + c.spare : c.T, .d = c.d, .n = c.n, .E = c.E, .R_cap = R + c.spare, .kind = c.kind, .act = c.act};
+    s = {.T = rows ? R + c.spare : c.T, .d = c.d, .n = c.n, .E = c.E, .K = c.K, .R_cap = R + c.spare, .kind = c.kind, .act = c.act};
     planes = s.planes();
     parts = cuda::hopper::ds_parts(s);
     element = size_of(c.out_dtype);
@@ -142,6 +143,19 @@ struct Problem {
     }
     if (rows)
       for (int64_t i = 0; i < R; i++) token[i] = static_cast<int>(i);
+    if (c.kind == RoutingKind::TopK) {  // rows of the same slot have the same score
+      std::vector<int> slot(s.R_cap, -1);
+      std::vector<float> by_slot(s.T * c.K, NAN);
+      for (int64_t row = 0; row < R; row++) {
+        slot[row] = static_cast<int>(token[row] * c.K + rng() % c.K);
+        if (std::isnan(by_slot[slot[row]])) by_slot[slot[row]] = sc[row];
+        sc[row] = by_slot[slot[row]];
+      }
+      d_slot = Buffer<int>(s.R_cap);
+      d_slot.upload(slot);
+      slot_score = Buffer<float>(by_slot.size());
+      slot_score.upload(by_slot);
+    }
     d_token = Buffer<int>(s.R_cap);
     d_token.upload(token);
     score = Buffer<float>(s.R_cap);
@@ -155,8 +169,9 @@ struct Problem {
     turns.upload({0});
     d_tiles = Buffer<int>(words.size());
     d_tiles.upload(words);
-    r.token = rows ? nullptr : d_token.data;
-    r.score = score.data;
+    if (c.kind == RoutingKind::TopK) r.slot = d_slot.data;
+    if (c.kind == RoutingKind::Lists) r.token = d_token.data;
+    r.score = c.kind == RoutingKind::TopK ? slot_score.data : score.data;
     r.offsets = d_offsets.data;
     r.tiles = d_tiles.data;
 
@@ -492,6 +507,8 @@ std::vector<Case> cases() {
   add({"dX~: many turns of one k block", 600, 2048, 64, 300, std::vector<int>(300, 3)})->act.kind = ActivationKind::ReLU2;
   for (const int experts : {131, 132, 133, 198, 199, 264, 266, 396, 398})
     add({fmt::format("{} experts of one row", experts), 600, 64, 64, experts, std::vector<int>(static_cast<size_t>(experts), 1)});
+  for (size_t i = 0; i < list.size(); i += 2)  // half of the gathered cases by slots
+    if (list[i].kind == RoutingKind::Lists) list[i].kind = RoutingKind::TopK, list[i].K = std::array{1, 2, 3, 6, 8, 10, 22}[i / 2 % 7];
   return list;
 }
 

@@ -86,20 +86,21 @@ struct Case {
   bool bias = false, store_h = true, store_a = true, scores = true;
   bool nan_neighbours = false;  // every second expert carries NaN in all it owns; the others must not notice
   int64_t spare = 5;            // rows of capacity beyond R
+  int64_t K = 0;                // TopK
 };
 
 struct Problem {
   Case c;
   Shape s;
   int64_t R = 0, E, planes;
-  std::vector<int> token, expert, offsets{0};
+  std::vector<int> token, slot, expert, offsets{0};
   std::vector<float> scores;
   std::vector<int> words;
   bool route() {
     E = static_cast<int64_t>(c.counts.size());
     for (int f : c.counts) offsets.push_back(static_cast<int>(R += f));
     const bool rows = c.kind == RoutingKind::Rows;
-    s = {.T = rows ? R + c.spare : c.T, .d = c.d, .n = c.n, .E = E, .R_cap = R + c.spare, .kind = c.kind, .act = c.act};
+    s = {.T = rows ? R + c.spare : c.T, .d = c.d, .n = c.n, .E = E, .K = c.K, .R_cap = R + c.spare, .kind = c.kind, .act = c.act};
     planes = s.planes();
     std::mt19937 rng(7);
     token.assign(s.R_cap, -1);
@@ -113,17 +114,20 @@ struct Problem {
       }
       if (!rows) std::sort(token.begin() + offsets[e], token.begin() + offsets[e + 1]);
     }
+    if (c.kind == RoutingKind::TopK)
+      for (int t : token) slot.push_back(t < 0 ? -1 : static_cast<int>(t * c.K + rng() % c.K));
     words = test::work_list_of(offsets, s.R_cap);
     return true;
   }
   bool routed = route();  // before the memory, whose sizes come from it
   struct Memory {
-    Buffer<int> token, expert, tiles;
+    Buffer<int> token, slot, expert, tiles;
     Buffer<uint32_t> turns;
     Buffer<float> score;
     Buffer<bf16> x, w1, b1, w2, b2, h, a, y, a_in;
     explicit Memory(const Problem& p)
         : token(p.token),
+          slot(p.slot),
           expert(p.expert),
           tiles(p.words),
           turns(std::vector<uint32_t>{0}),
@@ -160,7 +164,8 @@ struct Problem {
     }
     w2 = {m.w2.data, s.n, s.n * s.d};
     b2 = {m.b2.data, 1, s.d};
-    r.token = dispatched ? nullptr : m.token.data;
+    if (c.kind == RoutingKind::TopK) r.slot = m.slot.data;
+    if (c.kind == RoutingKind::Lists) r.token = m.token.data;
     r.score = c.scores ? m.score.data : nullptr;
     r.tiles = m.tiles.data;
     if (c.nan_neighbours) poison_odd_experts();
@@ -394,6 +399,8 @@ bool check() {
     cases.push_back(
         {fmt::format("random {} d={} n={} E={}", i, d, n, counts.size()), 900, d, n, counts, i % 3 ? RoutingKind::Lists : RoutingKind::Rows});
   }
+  for (size_t i = 0; i < cases.size(); i += 2)  // half of the gathered cases by slots
+    if (cases[i].kind == RoutingKind::Lists) cases[i].kind = RoutingKind::TopK, cases[i].K = std::array{1, 2, 3, 6, 8, 10, 22}[i / 2 % 7];
   Verdict verdict;
   for (const Case& c : cases) run_case(c, verdict);
   printf("check: %zu cases, %d values, %s\n", cases.size(), verdict.checks, verdict.ok ? "ALL OK" : "FAILED");

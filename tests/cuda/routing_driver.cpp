@@ -19,7 +19,7 @@
 namespace machmoe::test {
 namespace {
 
-// A routing on the host, or downloaded from the device.
+// A routing on the host, or downloaded from the device. order: of rows, the slots of top-K or positions in the lists.
 struct Arrays {
   std::vector<int32_t> token, expert, counts, offsets, token_offsets, inverse, order;
   std::vector<float> score;
@@ -35,17 +35,18 @@ struct Arrays {
         order(s.R_cap, -7),
         score(s.R_cap, NAN) {}
   Routing views() {
-    return {token.data(), expert.data(), score.data(), counts.data(), offsets.data(), token_offsets.data(), inverse.data(), nullptr};
+    return {order.data(), token.data(), expert.data(), score.data(), counts.data(), offsets.data(), token_offsets.data(), inverse.data(), nullptr};
   }
   std::string difference(const Arrays& other, const Shape& s) const {
     if (counts != other.counts) return "counts";
     if (offsets != other.offsets) return "offsets";
     if (s.kind == RoutingKind::Rows) return "";
-    if (token != other.token) return "token";
     if (expert != other.expert) return "expert";
     if (order != other.order) return "order";
     if (inverse != other.inverse) return "inverse";
-    if (s.kind == RoutingKind::Lists && token_offsets != other.token_offsets) return "token_offsets";
+    if (s.kind == RoutingKind::TopK) return "";
+    if (token != other.token) return "token";
+    if (token_offsets != other.token_offsets) return "token_offsets";
     if (score != other.score) return "score";
     return "";
   }
@@ -66,8 +67,15 @@ struct DeviceRouting {
         order(4 * s.R_cap),
         tiles(cuda::work_bytes(s.R_cap, s.E)) {}
   Routing views() const {
-    return {token.data<int32_t>(),         expert.data<int32_t>(),  score.data(),         counts.data<int32_t>(), offsets.data<int32_t>(),
-            token_offsets.data<int32_t>(), inverse.data<int32_t>(), tiles.data<int32_t>()};
+    return {s.kind == RoutingKind::TopK ? order.data<int32_t>() : nullptr,
+            token.data<int32_t>(),
+            expert.data<int32_t>(),
+            score.data(),
+            counts.data<int32_t>(),
+            offsets.data<int32_t>(),
+            token_offsets.data<int32_t>(),
+            inverse.data<int32_t>(),
+            tiles.data<int32_t>()};
   }
   Arrays get() const {
     Arrays a(s);
@@ -194,21 +202,20 @@ bool check_metadata(bool small) {
   int turn = 0;
   for (const Setting& c : settings(small)) {
     const std::string name = fmt::format("({}, {}, {}, {})", c.T, c.E, c.K, c.dropped);
-    const DType id_type = turn % 2 ? DType::I64 : DType::I32,
-                weight_type = std::array{DType::F32, DType::BF16, DType::F16}[static_cast<size_t>(turn++ % 3)];
+    const DType id_type = turn++ % 2 ? DType::I64 : DType::I32;
     const std::vector<int64_t> ids = random_ids(c.T, c.E, c.K, c.dropped, rng, c.all_to);
-    std::vector<float> weights = uniform(c.T * c.K, rng);
+    const std::vector<float> weights = uniform(c.T * c.K, rng);
     {
       const Shape s{.T = c.T, .d = 8, .n = 8, .E = c.E, .K = c.K, .R_cap = c.T * c.K, .kind = RoutingKind::TopK};
-      const DeviceMemory scratch(cuda::index_scratch(s)), d_weights = converted(weights, weight_type);
+      const DeviceMemory scratch(cuda::index_scratch(s));
       Arrays expected(s);
-      cpu::index_topk({s, ids.data(), DType::I64, weights.data(), DType::F32, expected.order.data(), expected.views(), nullptr}, {});
+      cpu::index_topk({s, ids.data(), DType::I64, expected.views(), nullptr}, {});
       std::vector<int64_t> signed_ids = ids;  // half of the ids to drop are negative
       for (size_t i = 0; i < ids.size(); i += 2)
         if (ids[i] >= c.E) signed_ids[i] = -1 - static_cast<int64_t>(i);
       const DeviceMemory d_ids = ids_on_device(signed_ids, id_type);
       expect_routing(verdict, "topk " + name, s, expected, [&](const DeviceRouting& out) {
-        cuda::index_topk({s, d_ids.data(), id_type, d_weights.data(), weight_type, out.order.data<int32_t>(), out.views(), scratch.data()}, {});
+        cuda::index_topk({s, d_ids.data(), id_type, out.views(), scratch.data()}, {});
       });
       verdict(scratch.guards_hold(), "topk " + name + ": scratch");
     }
@@ -507,24 +514,23 @@ void perf() {
       });
     };
     printf("(%5ld, %3ld, %2ld)        %9.1f %9.1f", T, E, K, topk(d_logits, DType::F32), topk(half, DType::BF16));
-    cuda::index_topk({s, ids.data(), DType::I32, weights.data(), DType::F32, nullptr, out.views(), index.data()}, {});
+    cuda::index_topk({s, ids.data(), DType::I32, out.views(), index.data()}, {});
     printf(" %9.1f", microseconds([&](Stream stream) {
              cuda::topk_backward({T, E, K, RouterKind::TopkSoftmax, half.data(), DType::BF16, ids.data<int32_t>(), weights.data(),
                                   out.counts.data<int32_t>(), nullptr, parts.data(), 1, out.inverse.data<int32_t>(), T * K, nullptr, dlogits.data()},
                                  stream);
            }));
-    printf(" %9.1f", microseconds([&](Stream stream) {
-             cuda::index_topk({s, ids.data(), DType::I32, weights.data(), DType::F32, nullptr, out.views(), index.data()}, stream);
-           }));
+    printf(" %9.1f", microseconds([&](Stream stream) { cuda::index_topk({s, ids.data(), DType::I32, out.views(), index.data()}, stream); }));
     Shape lists = s;
     lists.kind = RoutingKind::Lists;
     const DeviceRouting other(lists);
     const DeviceMemory list_scratch(cuda::index_scratch(lists));
-    const Arrays sorted = out.get();
+    std::vector<int32_t> tokens = out.get().order;
+    for (int32_t& token : tokens) token /= static_cast<int32_t>(K);
+    const DeviceMemory d_tokens = on_device(tokens);
     printf(" %9.1f", microseconds([&](Stream stream) {
-             cuda::index_lists({lists, out.token.data(), out.expert.data(), DType::I32, static_cast<float*>(out.score.data()), nullptr, other.views(),
-                                list_scratch.data()},
-                               stream);
+             cuda::index_lists(
+                 {lists, d_tokens.data(), out.expert.data(), DType::I32, parts.data<float>(), nullptr, other.views(), list_scratch.data()}, stream);
            }));
     printf(" %9.1f", microseconds([&](Stream stream) { cuda::index_rows({lists, other.views(), list_scratch.data()}, stream); }));
     Shape rows = s;

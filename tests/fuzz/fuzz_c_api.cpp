@@ -120,11 +120,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     experts[i] = static_cast<int32_t>(in.size(layer.E));
   }
   std::vector<uint8_t> scores = bytes(layer.row_capacity, accum);
-  const int32_t score_dtype = accum == 8 ? MACHMOE_F64 : MACHMOE_F32;
   machmoe_status status = MACHMOE_OK;
   if (layer.routing_kind == MACHMOE_TOPK) {
-    status = machmoe_routing_from_topk(&layer, experts.data(), MACHMOE_I32, scores.data(), score_dtype, nullptr, &routing, scratch.data(),
-                                       scratch_bytes, nullptr);
+    routing.score = scores.data();
+    status = machmoe_routing_from_topk(&layer, experts.data(), MACHMOE_I32, &routing, scratch.data(), scratch_bytes, nullptr);
   } else if (layer.routing_kind == MACHMOE_LISTS) {
     status = machmoe_routing_from_lists(&layer, tokens.data(), experts.data(), MACHMOE_I32, scores.data(), nullptr, &routing, scratch.data(),
                                         scratch_bytes, nullptr);

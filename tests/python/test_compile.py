@@ -118,7 +118,7 @@ def test_opcheck_of_every_operator():
     one, pair = (x, w1, None, w2, None, None, None), (x, gate, up, w2, b, b, b2)
     swiglu = (0, 1.702, 0.0, False)
     _, h, metadata = ops.topk_experts_forward(*one, None, ids, scores, *swiglu, True)
-    topk = (metadata, None, None, 0, k)
+    topk = (metadata, None, scores, 0, k)
     rids, rweights, rcounts, aux = ops.route_forward(logits, k, 0)
     _, _, rmetadata = ops.topk_experts_forward(*one, None, rids, rweights, *swiglu, False)
     routed = rmetadata, logits, rids, rweights, rcounts, 0
@@ -130,7 +130,7 @@ def test_opcheck_of_every_operator():
         (ops.route_forward, (logits, k, 0)),
         (ops.route_backward, (scores, aux, logits, rids, rweights, rcounts, 0)),
         (ops.topk_experts_forward, (*one, None, ids, scores, *swiglu, True)),
-        (ops.topk_experts_forward, (*pair, x, ids.int(), scores.bfloat16(), *swiglu, False)),
+        (ops.topk_experts_forward, (*pair, x, ids.int(), scores, *swiglu, False)),
         (ops.experts_forward, (*one, None, lists, None, scores[:, 0].contiguous(), 1, *swiglu, True)),
         (ops.experts_forward, (*pair, x, lists, None, scores[:, 0].contiguous(), 1, *swiglu, False)),
         (ops.experts_forward, (*one, None, rows, counts, None, 2, *swiglu, True)),

@@ -22,10 +22,11 @@ struct ActivationGradEpilogue {
   static constexpr int kPlanes = Activation{K}.gated() ? 2 : 1;
   static constexpr int kColumns = 64, kRows = 8, kChunks = kN / kColumns * 2;  // of a chunk: the low, then the high rows of the fragments
   static constexpr int kPlaneBytes = kRows * kColumns * 2, kStagingBytes = 3 * kPlaneBytes;  // gate, up and A'
-  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                         // tiles, the scores of two, a barrier
+  static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                         // tiles, the scores (before: slots) of two, a barrier
   struct Params {
     CUtensorMap h;            // [planes][R_cap][n], box {64, 8, planes}
     CUtensorMap dh, a_prime;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n], 8 rows and all planes a box
+    const int* slot;          // TopK: row -> place of its score; else null: the row
     const float* score;       // null: 1
     float* ds;                // [column tiles][R_cap]
     int n, R_cap;
@@ -58,8 +59,10 @@ struct ActivationGradEpilogue {
     const int rows = min(16, t.row_end - row), lane = lane_id();
     following = chunks(rows, t.column);
     if (lane < rows) {
-      if (p.score) cp_async4(score_at(tiles.next, lane), p.score + row + lane);
-      else store_shared(score_at(tiles.next, lane), 1.f);
+      const uint32_t score = score_at(tiles.next, lane);
+      if (p.slot) cp_async4(score, p.slot + row + lane);
+      else if (p.score) cp_async4(score, p.score + row + lane);
+      else store_shared(score, 1.f);
     }
     __syncwarp();
   }
@@ -80,16 +83,25 @@ struct ActivationGradEpilogue {
   // The tile is complete: its products are what chunk() sees from now on.
   DEV bool complete(const float (&)[kN / 2]) {
     finish_ds();
-    cp_async_wait_all();
     left = following;
     following = 0;
     ds[0] = ds[1] = 0.f;
-    return tiles.complete().more;
+    const WarpTile t = tiles.complete();
+    if (p.slot) {
+      cp_async_wait_all();
+      const uint32_t score = score_at(tiles.next ^ 16, lane_id());
+      if (lane_id() < t.rows) cp_async4(score, p.score + load_shared_int(score));
+    }
+    return t.more;
   }
   // held: dA' in pairs; A' takes its place.
   DEV void chunk(int c, uint32_t (&held)[kN / 4]) {
     if (left == 0) return;
     const int half = c % 2, lane = lane_id();
+    if (c == 0) {
+      cp_async_wait_all();
+      __syncwarp();
+    }
     mbar_wait(loaded(), ~loads & 1);
     const float score = load_shared_float(score_at(tiles.next ^ 16, lane / 4 + kRows * half));
     // Two blocks of 8 columns at a time, of both planes: a lane holds a pair of each.
@@ -163,14 +175,14 @@ struct ActivationGradEpilogue {
 };
 
 // dS += <dO, b2>, into the first partial. One warp a row; only layers with an output bias run it.
-__global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, const int* token,
+__global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, Gather source,
                                                          const bf16* b2, int64_t stride, int64_t expert_stride, int d, float* ds) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = blockIdx.x; i < header->tiles; i += gridDim.x) {
     const WorkTile t = tiles[i];
     const bf16* bias = b2 + t.expert * expert_stride;
     for (int row = t.row + warp; row < min(t.row + kTileRows, t.row_end); row += 8) {
-      const bf16* x = d_o + static_cast<size_t>(token ? token[row] : row) * d;
+      const bf16* x = d_o + static_cast<size_t>(source[row]) * d;
       float sum = 0.f;
       for (int c = lane * 8; c < d; c += 256) {
         const uint4 q = *reinterpret_cast<const uint4*>(x + c);
@@ -198,6 +210,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   if (s.R_cap == 0) return;
   const uint64_t d = s.d, n = s.n, R = s.R_cap, E = s.E, planes = s.planes(), pitch = 2 * planes * n;
   const int64_t columns = ds_parts(s);
+  const Gather source(row_source(s, a.routing));
   dispatch_activation(s.act.kind, [&](auto tag) {
     constexpr ActivationKind kKind = decltype(tag)::kind;
     auto launch = [&](auto clamped) {
@@ -205,7 +218,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       using Schedule = Held<kN, 4>;
       GroupedGemmParams<GatherRows, Epilogue, WeightPanels> p{};
       p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
-      p.rows = {static_cast<const uint4*>(a.d_o), a.routing.token, static_cast<int>(s.d / 8)};
+      p.rows = {static_cast<const uint4*>(a.d_o), source, static_cast<int>(s.d / 8)};
       p.weights.plane[0] = tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {64, kBlockK, 1}, 128);
       p.weights.blocks = p.k_blocks;
       auto& e = p.epilogue;
@@ -213,6 +226,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       e.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {Epilogue::kColumns, Epilogue::kRows, boxed}, 128);
       e.dh = ragged_store_map(a.dh, R, planes, n, {Epilogue::kColumns, Epilogue::kRows, boxed});
       e.a_prime = ragged_store_map(a.a_prime, R, 1, n, {Epilogue::kColumns, Epilogue::kRows, 1});
+      e.slot = a.routing.slot;
       e.score = static_cast<const float*>(a.routing.score);
       e.ds = static_cast<float*>(a.ds_parts);
       e.n = static_cast<int>(n);
@@ -229,7 +243,7 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   if (a.b2.base) {
     const WorkList work = work_list(a.routing.tiles, s.E);
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E)));
-    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), a.routing.token,
+    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), source,
                                                            static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d),
                                                            static_cast<float*>(a.ds_parts));
     MACHMOE_CUDA_CALL(cudaGetLastError());

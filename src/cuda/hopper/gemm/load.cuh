@@ -1,5 +1,6 @@
 // Producers. Each loader fills A with the rows of the CTA's tile; the weights B come by tensor copies either way.
 #pragma once
+#include "cuda/gather.cuh"
 #include "cuda/hopper/gemm/cta_tile.cuh"
 #include "cuda/hopper/gemm/ring.cuh"
 #include "cuda/hopper/gemm/turns.cuh"
@@ -55,8 +56,8 @@ struct WeightPanels {
 // Rows gathered by token, by cp.async of all 128 producer threads: 16-byte chunk tid % 8 of the rows tid / 8 + 16 i.
 struct GatherRows {
   struct Params {
-    const uint4* x;    // [T, chunks] of 16 bytes
-    const int* token;  // row -> row of x; null: itself
+    const uint4* x;  // [T, chunks] of 16 bytes
+    Gather source;   // row -> row of x
     int chunks;
   };
   static constexpr int kArrivals = 129;  // 128 threads and the expected bytes
@@ -67,12 +68,11 @@ struct GatherRows {
     constexpr int kRows = kTileRows / 16;
     const int lane = tid % 32;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    // Lane l holds the source of row 4 warp + l % 4 + 16 (l / 4), in rows of x; past the expert's end its last row, which the store clips.
-    uint32_t source = 0;
+    // Lane l holds the source of row 4 warp + l % 4 + 16 (l / 4); past the expert's end that of its last row, which the store clips.
+    int loaded = 0;
     auto find = [&](const ClusterTile& t) {
       if (t.rows() <= 0) return;
-      const int row = min(t.row + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.row_end - 1);
-      source = p.token ? __ldg(p.token + row) : row;
+      loaded = p.source.load(min(t.row + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.row_end - 1));
     };
     Slot<R> slot;
     const auto load = [&] { return SpreadTile(turns.p.work, turns.tiles, turns.next(), turns.rank); };
@@ -81,7 +81,7 @@ struct GatherRows {
     SpreadTile after = load();
     while (next.valid()) {
       const ClusterTile t = next;
-      const uint32_t chunk0 = source * p.chunks;
+      const uint32_t chunk0 = p.source.token(loaded) * p.chunks;
       next = after.gather();
       find(next);
       after = load();

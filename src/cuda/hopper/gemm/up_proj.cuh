@@ -15,7 +15,7 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   const uint64_t d = s.d, n = s.n, E = s.E;
   GroupedGemmParams<GatherRows, Epilogue> p{};
   p.k_blocks = static_cast<int>((s.d + kBlockK - 1) / kBlockK);
-  p.rows = {static_cast<const uint4*>(a.x), a.routing.token, static_cast<int>(s.d / 8)};
+  p.rows = {static_cast<const uint4*>(a.x), Gather(row_source(s, a.routing)), static_cast<int>(s.d / 8)};
   const ConstWeight half[2] = {Epilogue::kGated ? a.w1_gate : a.w1_up, a.w1_up};
   for (int i = 0; i < 2; i++)
     p.weights.half[i] =

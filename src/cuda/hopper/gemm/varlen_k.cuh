@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/gather.cuh"
 #include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/gemm/ring.cuh"
@@ -68,7 +69,7 @@ struct VarlenKParams {
   CUtensorMap contiguous;  // ragged panels, box {64, 64, 1, 1}
   CUtensorMap out[2];      // one per plane
   const bf16* gathered;    // [T, d]
-  const int* token;        // row -> row of gathered; null: itself
+  Gather source;           // row -> row of gathered
   int experts, d;
   int panels_per_plane, panels;
   int columns;  // (of panels) of a group of 2 x 128 gathered columns; innermost: they share the gathered rows
@@ -161,10 +162,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
       if (t.row >= t.row_end) return;
       const int row = t.row + k * 64 + (lane >> 4) * 64 + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int clamped = min(row + 128 * i, t.row_end - 1);
-        next_window[i] = p.token ? __ldg(p.token + clamped) : clamped;
-      }
+      for (int i = 0; i < 2; i++) next_window[i] = p.source.load(min(row + 128 * i, t.row_end - 1));
     };
     next_window[0] = next_window[1] = 0;
     Turns<ExpertTurns> turns(p.turns, smem + Layout::kTurns, experts, rank, tid);
@@ -181,8 +179,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
       for (int k = 0; k < blocks; k++) {
         if ((k & 3) == 0) {
 #pragma unroll
-          for (int i = 0; i < 2; i++)
+          for (int i = 0; i < 2; i++) {
             asm volatile("mov.b32 %0, %1;" : "=r"(window[i]) : "r"(next_window[i]));  // holds the copy here, after the load has landed
+            window[i] = static_cast<int>(p.source.token(window[i]));
+          }
           if (k + 4 < blocks) fetch(t, k + 4);
           else fetch(next, 0);
         }
@@ -341,7 +341,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
                                {q.out[i].row_stride * sizeof(Out), q.out[i].expert_stride * sizeof(Out)}, {Store::kBoxInner, Store::kBoxOuter, 1},
                                Store::kSwizzle);
   p.gathered = static_cast<const bf16*>(q.gathered);
-  p.token = q.routing.token;
+  p.source = Gather(row_source(s, q.routing));
   p.experts = static_cast<int>(E);
   p.d = static_cast<int>(d);
   p.panels_per_plane = static_cast<int>((n + 63) / 64);
