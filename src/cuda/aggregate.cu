@@ -9,7 +9,8 @@ namespace {
 struct AggregateParams {
   Routing routing;
   int64_t T, E;
-  int d, K;
+  int d, K, R_cap;
+  int slots_ahead;  // of kTokensAhead tokens, about
   const bf16 *y, *addend, *b2;
   int64_t b2_stride, b2_expert_stride;
   bf16* out;
@@ -25,6 +26,11 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
   return static_cast<int>(low);
 }
 
+// A block waits for the slots of its token, then for the rows, then for Y. The lines of indices that the next blocks on this SM need are on their way to
+// L2 meanwhile: nothing else has touched them since the routing was made.
+constexpr int kTokensAhead = 2000;
+__device__ void prefetch(const int* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // kRows: rows in flight per thread; fewer leave registers for more blocks.
 template <bool kTopk, bool kWeighted, bool kBias, int kRows>
 __global__ void __launch_bounds__(256, kRows == 2 ? 8
@@ -32,6 +38,10 @@ __global__ void __launch_bounds__(256, kRows == 2 ? 8
                                                   : 5) aggregate_kernel(const __grid_constant__ AggregateParams p) {
   const int64_t t = blockIdx.x;
   const int begin = kTopk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = kTopk ? begin + p.K : p.routing.token_offsets[t + 1];
+  if (threadIdx.x == 0 && t + kTokensAhead < p.T) {
+    if (!kTopk) prefetch(p.routing.token_offsets + t + kTokensAhead);
+    if (begin < p.R_cap - p.slots_ahead) prefetch(p.routing.inverse + begin + p.slots_ahead);
+  }
   const auto* score = static_cast<const float*>(p.routing.score);
   for (int column = static_cast<int>(threadIdx.x) * 8; column < p.d; column += static_cast<int>(blockDim.x) * 8) {
     float sum[8] = {};
@@ -79,6 +89,8 @@ void aggregate(const AggregateArgs& a, Stream stream) {
                           s.E,
                           static_cast<int>(s.d),
                           static_cast<int>(s.K),
+                          static_cast<int>(s.R_cap),
+                          static_cast<int>(kTokensAhead * s.R_cap / s.T),
                           static_cast<const bf16*>(a.y),
                           static_cast<const bf16*>(a.addend),
                           static_cast<const bf16*>(a.b2.base),
