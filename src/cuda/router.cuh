@@ -54,7 +54,8 @@ struct Selected {
 };
 constexpr int kMaxSelected = 16;  // K of rank_candidates
 
-// The best K of 32 kPerLane keys, ties to the lower index; key[j] of a lane has index 32 j + lane. Key 0: none, and at least K are others.
+// The best K of 32 kPerLane keys, ties to the lower index. A lane has kWidth neighbouring ones, then those 32 kWidth further on; with kWidth 1, key[j] has
+// index 32 j + lane. Key 0: none, and at least K are others.
 // The K-th largest of the lanes' own best keys is a bound that few more than K keys reach. Those move to one lane each and count how many are better.
 // All lanes of the warp call both; `memory` is the warp's own.
 struct Candidates {
@@ -84,9 +85,10 @@ __device__ Candidates find_candidates(const uint32_t (&key)[kPerLane], int K, in
   for (int j = 0; j < kPerLane; j++) drop_if_less(own, key[j], bound);
   return {bound, own, static_cast<int>(__reduce_add_sync(kAllLanes, own))};
 }
-template <int kPerLane>
+template <int kWidth, int kPerLane>
 __device__ Selected rank_candidates(const Candidates& found, const uint32_t (&key)[kPerLane], int K, int lane, ulonglong2 (&memory)[16]) {
   const auto [bound, own, total] = found;
+  const auto index_of = [&](int j) { return (j / kWidth * 32 + lane) * kWidth + j % kWidth; };
   if (total > 32) {  // many equal keys: K times the best after the last one
     Selected mine{0, 0, kMaxSelected};
     uint32_t last = ~0u;
@@ -97,7 +99,7 @@ __device__ Selected rank_candidates(const Candidates& found, const uint32_t (&ke
       int index = INT_MAX;
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) {
-        const int i = j * 32 + lane;
+        const int i = index_of(j);
         if (key[j] > next && (key[j] < last || (key[j] == last && i > last_index))) next = key[j], index = i;
       }
       last = __reduce_max_sync(kAllLanes, next);
@@ -118,7 +120,7 @@ __device__ Selected rank_candidates(const Candidates& found, const uint32_t (&ke
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kPerLane; j++)
-    if (key[j] >= bound) *to++ = uint64_t{key[j]} << 32 | ~static_cast<unsigned>(j * 32 + lane);
+    if (key[j] >= bound) *to++ = uint64_t{key[j]} << 32 | ~static_cast<unsigned>(index_of(j));
   __syncwarp();
   const uint64_t mine = candidates[lane];
   int better = 0;  // below 0

@@ -2,8 +2,8 @@
 //   mark    top-K of each token; keys of all pairs, transposed to [E][T]
 //   select  f, target and threshold of each expert, which tokens it keeps             (Balance-f: targets by two small kernels before)
 //   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets and the work lists
-// A key is the bits of a score in [0, 1] below a bit that says whether the pair is among the token's top K: larger keys rank first, and of equal
-// ones the lower token.
+// A key is the bits of a score in [0, 1], plus one, below a bit that says whether the pair is among the token's top K: larger keys rank first, and of
+// equal ones the lower token. 0: no token.
 #include <algorithm>
 
 #include "core/token_rounding.h"
@@ -26,66 +26,94 @@ struct Params {
   RoundingRule rule;
   bool renormalize;
   uint64_t seed;
-  const float* scores;  // [T, E]
+  const uint32_t* scores;  // [T, E] the bits
   Routing out;
   WorkList work;
-  uint32_t* keys;   // [E][pitch], 0 past T
+  uint32_t* keys;   // [E rounded up to 4][pitch], 0 past T
   int* topk_count;  // [E] for Balance-f
   uint2* members;   // [E][pitch / 32] bit t % 32: expert e keeps token t; and how many it keeps of the words before
 };
 
-__device__ inline float score_of(uint32_t key) { return __uint_as_float(key & (kChosen - 1)); }
+__device__ inline float score_of(uint32_t key) { return __uint_as_float((key & (kChosen - 1)) - 1); }
+__device__ inline uint32_t key_of(uint32_t score) {  // of the bits of one outside [0, 1] that of 0
+  return (score <= __float_as_uint(1.f) ? score : 0u) + 1;
+}
 
 // ---- mark ----------------------------------------------------------------------------------------------------------------------
 constexpr int kMarkWarps = 16;
 extern __shared__ __align__(16) uint32_t shared_memory[];
 
+// The keys of a block's tokens, written by token and read by expert: four experts of a token stand together, at places that differ from token to token,
+// so that both ways are free of bank conflicts.
+struct MarkTile {
+  int pitch;
+  __device__ explicit MarkTile(int E) : pitch((E + 31) / 32 * 32) {}
+  __device__ uint32_t* at(int column, int e) const { return shared_memory + column * pitch + ((e / 4 ^ column % 8) * 4 + e % 4); }
+  static size_t bytes(int E, int tokens) { return sizeof(uint32_t) * static_cast<size_t>(tokens * ((E + 31) / 32 * 32)); }
+};
+
 // Any E and K.
-__device__ inline void mark_by_bisection(uint32_t* row, int E, int K, int lane) {
+__device__ inline void mark_by_bisection(const MarkTile& tile, int column, int E, int K, int lane) {
   uint32_t threshold = 0;
 #pragma unroll 1
   for (int bit = 29; bit >= 0; bit--) {
     const uint32_t candidate = threshold | 1u << bit;
     int above = 0;
-    for (int e = lane; e < E; e += 32) above += row[e] >= candidate;
+    for (int e = lane; e < E; e += 32) above += *tile.at(column, e) >= candidate;
     if (static_cast<int>(__reduce_add_sync(kAllLanes, above)) >= K) threshold = candidate;
   }
   int greater = 0;
-  for (int e = lane; e < E; e += 32) greater += row[e] > threshold;
+  for (int e = lane; e < E; e += 32) greater += *tile.at(column, e) > threshold;
   int equals = K - static_cast<int>(__reduce_add_sync(kAllLanes, greater));  // those with the lowest ids
   for (int base = 0; base < E; base += 32) {
     const int e = base + lane;
-    const uint32_t key = e < E ? row[e] : 0;
+    const uint32_t key = e < E ? *tile.at(column, e) : 0;
     const unsigned same = __ballot_sync(kAllLanes, e < E && key == threshold);
     const bool first = __popc(same & ((1u << lane) - 1)) < equals;
-    if (e < E && (key > threshold || (key == threshold && first))) row[e] = key | kChosen;
+    if (e < E && (key > threshold || (key == threshold && first))) *tile.at(column, e) = key | kChosen;
     equals -= min(__popc(same), equals);
   }
 }
 
-// A warp per token and turn; kPerLane = 0: any E and K, by bisection of the keys in shared memory.
+template <int kWidth>
+struct Words;
+template <>
+struct Words<1> {
+  using type = uint32_t;
+};
+template <>
+struct Words<2> {
+  using type = uint2;
+};
+template <>
+struct Words<4> {
+  using type = uint4;
+};
+
+// A warp per token and turn, kPerLane experts a lane; 0: any E and K, by bisection of the keys in shared memory.
 template <int kPerLane>
 constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared memory holds
+template <int kPerLane>
+constexpr int kMarkWidth = kPerLane > 4 ? 4 : std::max(kPerLane, 1);  // neighbouring experts of a lane; divides E, and a row of scores is as aligned
 
 template <int kPerLane>
 __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p) {
-  constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens;
+  constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens, kWidth = kMarkWidth<kPerLane>, kVectors = std::max(kPerLane / kWidth, 1);
+  using Vector = typename Words<kWidth>::type;
   __shared__ ulonglong2 memory[kMarkWarps][16];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pitch = p.E | 1;
-  const int64_t first = int64_t{blockIdx.x} * kTokens;
-  uint32_t* const tile = shared_memory;  // [kTokens][E | 1]
-  const auto key_of = [](float score) {  // of a score outside [0, 1]: 0
-    const uint32_t bits = __float_as_uint(score);
-    return bits <= __float_as_uint(1.f) ? bits : 0u;
-  };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto T = static_cast<unsigned>(p.T), E = static_cast<unsigned>(p.E), first = blockIdx.x * kTokens;
+  const MarkTile tile(p.E);
+  const auto scores_of = [&](int turn) { return p.scores + uint64_t{min(first + turn * kMarkWarps + warp, T - 1)} * E; };
+  const auto expert_of = [&](int v) { return (v * 32 + lane) * kWidth; };  // the first of vector v
+  const auto there = [&](int v) { return v < kVectors / 2 || expert_of(v) < E; };
   // The scores of the warp's tokens, in flight at once where registers hold them.
   constexpr int kTurns = kTokens > kMarkWarps ? kTokens / kMarkWarps : 1, kAhead = kPerLane <= 4 ? kTurns : 1;
-  float score[kAhead][kPerLane > 0 ? kPerLane : 1];
-  const auto scores_of = [&](int turn) { return p.scores + min(first + turn * kMarkWarps + warp, p.T - 1) * p.E; };
+  Vector score[kAhead][kVectors];
   const auto load = [&](int turn, auto& into) {
-    const float* scores = scores_of(turn);
+    const uint32_t* scores = scores_of(turn);
 #pragma unroll
-    for (int j = 0; j < kPerLane; j++) into[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? scores[j * 32 + lane] : 0.f;
+    for (int v = 0; v < kVectors; v++) into[v] = there(v) ? *reinterpret_cast<const Vector*>(scores + expert_of(v)) : Vector{};
   };
   if constexpr (kAhead > 1)
     for (int turn = 0; turn < kTurns; turn++) load(turn, score[turn]);
@@ -93,37 +121,41 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
   for (int turn = 0; turn < kTurns; turn++) {
     const int column = turn * kMarkWarps + warp;
     if (kTokens < kMarkWarps && column >= kTokens) break;
-    uint32_t* row = tile + column * pitch;
     if constexpr (kPerLane > 0) {
       if constexpr (kAhead == 1) load(turn, score[0]);
-      const auto& own = score[kAhead > 1 ? turn : 0];
-      uint32_t key[kPerLane];
+      auto& key = reinterpret_cast<uint32_t(&)[kPerLane]>(score[kAhead > 1 ? turn : 0]);
 #pragma unroll
-      for (int j = 0; j < kPerLane; j++) {
-        key[j] = key_of(own[j]);
-        if (j < kPerLane / 2 || j * 32 + lane < p.E) row[j * 32 + lane] = key[j]++;
-      }
-      __syncwarp();
+      for (int j = 0; j < kPerLane; j++) key[j] = key_of(key[j]);  // those past E are last: no real one is below 0 or has a higher index
       const Candidates found = find_candidates(key, p.K, lane);
-      if (found.total == p.K) {
+      const bool ranked = found.total == p.K;
 #pragma unroll
-        for (int j = 0; j < kPerLane; j++)
-          if (key[j] >= found.bound) row[j * 32 + lane] = (key[j] - 1) | kChosen;
-      } else {
-        const Selected mine = rank_candidates(found, key, p.K, lane, memory[warp]);
-        if (mine.rank < p.K) row[mine.index] |= kChosen;
+      for (int j = 0; j < kPerLane; j++)
+        if (ranked && key[j] >= found.bound) key[j] |= kChosen;
+#pragma unroll
+      for (int v = 0; v < kVectors; v++)
+        if (there(v)) *reinterpret_cast<Vector*>(tile.at(column, expert_of(v))) = score[kAhead > 1 ? turn : 0][v];
+      if (!ranked) {
+        __syncwarp();
+        const Selected mine = rank_candidates<kWidth>(found, key, p.K, lane, memory[warp]);
+        if (mine.rank < p.K) *tile.at(column, mine.index) |= kChosen;
       }
     } else {
-      for (int e = lane; e < p.E; e += 32) row[e] = key_of(scores_of(turn)[e]);
+      for (int e = lane; e < p.E; e += 32) *tile.at(column, e) = key_of(scores_of(turn)[e]);
       __syncwarp();
-      mark_by_bisection(row, p.E, p.K, lane);
+      mark_by_bisection(tile, column, p.E, p.K, lane);
     }
   }
   __syncthreads();
-  const int column = lane % kTokens;
-  const bool valid = first + column < p.T;
-  uint32_t* keys = p.keys + first + column;
-  for (int e = warp * kAtOnce + lane / kTokens; e < p.E; e += kMarkWarps * kAtOnce) keys[e * p.pitch] = valid ? tile[column * pitch + e] : 0u;
+  const int column = lane % kTokens, step = 4 * kMarkWarps * kAtOnce;
+  const bool valid = first + column < T;
+  int e = 4 * (warp * kAtOnce + lane / kTokens);
+  for (uint32_t* keys = p.keys + e * p.pitch + first + column; e < p.E; e += step, keys += step * p.pitch) {
+    const uint4 key = *reinterpret_cast<const uint4*>(tile.at(column, e));
+    keys[0] = valid ? key.x : 0u;
+    keys[p.pitch] = valid ? key.y : 0u;
+    keys[2 * p.pitch] = valid ? key.z : 0u;
+    keys[3 * p.pitch] = valid ? key.w : 0u;
+  }
 }
 
 // ---- select --------------------------------------------------------------------------------------------------------------------
@@ -230,21 +262,23 @@ class ExpertKeys {
   }
   // The tokens with larger keys, and those of exactly this key up to the last one.
   __device__ void write_members(uint32_t key, int last_token, uint2* members) const {
-    int* const kept = histogram_of_block();
-    const int lane = threadIdx.x % 32, words = pitch_ / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, words = pitch_ / 32;
     for (int base = 0, before = 0; base < words; base += kIndexThreads) {
+      const int per_warp = (min(words - base, kIndexThreads) + 31) / 32, first = base + warp * per_warp, count = min(words - first, per_warp);
+      const uint32_t* keys = keys_ + first * 32 + lane;
+      uint32_t mask = 0;  // of word first + lane
+      const auto collect = [&](auto kept) {
 #pragma unroll 8
-      for (int i = threadIdx.x / 32; i < min(words - base, kIndexThreads); i += kIndexThreads / 32) {
-        const int t = (base + i) * 32 + lane;
-        const uint32_t own = keys_[t], all = __ballot_sync(kAllLanes, own > key || (own == key && t <= last_token));
-        if (lane == 0) kept[i] = static_cast<int>(all);
-      }
-      __syncthreads();
-      const int word = base + static_cast<int>(threadIdx.x);
-      const auto mask = static_cast<uint32_t>(word < words ? kept[threadIdx.x] : 0);
+        for (int i = 0; i < count; i++) {
+          const uint32_t all = __ballot_sync(kAllLanes, kept(keys[32 * i], i));
+          if (lane == i) mask = all;
+        }
+      };
+      if (last_token == INT_MAX) collect([&](uint32_t own, int) { return own >= key; });
+      else collect([&](uint32_t own, int i) { return own > key || (own == key && (first + i) * 32 + lane <= last_token); });
       int total;
       const int earlier = before + exclusive_sum(__popc(mask), total);
-      if (word < words) members[word] = {mask, static_cast<unsigned>(earlier)};
+      if (lane < count) members[first + lane] = {mask, static_cast<unsigned>(earlier)};
       before += total;
     }
   }
@@ -417,7 +451,7 @@ __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_cons
       for (uint32_t mask = m.bits[lane * m.pitch + word]; mask != 0;) {
         uint32_t key[kLoads];
 #pragma unroll
-        for (int j = 0; j < kLoads; j++, mask &= mask - 1) key[j] = mask != 0 ? keys[(__ffs(mask) - 1) * p.pitch] : 0u;
+        for (int j = 0; j < kLoads; j++, mask &= mask - 1) key[j] = mask != 0 ? keys[(__ffs(mask) - 1) * p.pitch] : key_of(0u);
 #pragma unroll
         for (int j = 0; j < kLoads; j++) sum += score_of(key[j]);
       }
@@ -475,7 +509,7 @@ struct Scratch {
 int64_t pitch_of(int64_t T) { return (T + 31) / 32 * 32; }
 Scratch book(const Shape& s, Workspace& ws) {
   Scratch b{};
-  b.keys = ws.take<uint32_t>(pitch_of(s.T) * s.E);
+  b.keys = ws.take<uint32_t>(pitch_of(s.T) * ((s.E + 3) / 4 * 4));
   b.members = ws.take<uint2>(pitch_of(s.T) / 32 * s.E);
   b.topk_count = ws.take<int>(s.E);
   return b;
@@ -490,14 +524,20 @@ void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, c
 void launch_mark(const Params& p, cudaStream_t stream) {
   const auto run = [&]<int kPerLane>() {
     constexpr int kTokens = kMarkTokens<kPerLane>;
-    launch(mark_kernel<kPerLane>, p.pitch / kTokens, 32 * kMarkWarps, sizeof(uint32_t) * static_cast<size_t>(kTokens * (p.E | 1)), stream, p);
+    launch(mark_kernel<kPerLane>, p.pitch / kTokens, 32 * kMarkWarps, MarkTile::bytes(p.E, kTokens), stream, p);
+  };
+  const auto wide = [&]<int kPerLane>() {  // whether the lanes' neighbouring experts can be loaded at once
+    constexpr int kWidth = kMarkWidth<kPerLane>;
+    const bool aligned = p.E % kWidth == 0 && reinterpret_cast<uintptr_t>(p.scores) % (sizeof(float) * kWidth) == 0;
+    if (aligned) run.template operator()<kPerLane>();
+    else run.template operator()<0>();
   };
   if (p.E > 512 || p.K > kMaxSelected) run.template operator()<0>();
-  else if (p.E <= 32) run.template operator()<1>();
-  else if (p.E <= 64) run.template operator()<2>();
-  else if (p.E <= 128) run.template operator()<4>();
-  else if (p.E <= 256) run.template operator()<8>();
-  else run.template operator()<16>();
+  else if (p.E <= 32) wide.template operator()<1>();
+  else if (p.E <= 64) wide.template operator()<2>();
+  else if (p.E <= 128) wide.template operator()<4>();
+  else if (p.E <= 256) wide.template operator()<8>();
+  else wide.template operator()<16>();
 }
 
 }  // namespace
@@ -526,7 +566,7 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  a.rule,
                  a.renormalize,
                  a.seed,
-                 a.scores,
+                 reinterpret_cast<const uint32_t*>(a.scores),
                  a.out,
                  work_list(a.out.tiles, s.E),
                  b.keys,

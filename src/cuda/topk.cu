@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
     for (int j = 0; j < kPerLane; j++) x[j] = j < kPerLane / 2 || j * 32 + lane < p.E ? static_cast<float>(row[j * 32]) : -INFINITY;
 #pragma unroll
     for (int j = 0; j < kPerLane; j++) key[j] = order_key(x[j]);  // those past E are last: no real one ranks below -infinity or has a higher index
-    const Selected mine = rank_candidates(find_candidates(key, p.K, lane), key, p.K, lane, memory[warp]);
+    const Selected mine = rank_candidates<1>(find_candidates(key, p.K, lane), key, p.K, lane, memory[warp]);
     const bool selected = mine.rank < p.K;
     const float top = value_of(__reduce_max_sync(kAllLanes, mine.key));
     float weight = selected ? exp_of(value_of(mine.key) - top) : 0.f, sum = 0.f;
