@@ -59,6 +59,7 @@ size_t forward_workspace(const Backend& b, const Shape& s) {
 
 void forward(const Backend& b, const ForwardArgs& p, Stream stream) {
   b.check_shape(p.shape);
+  check_scores(p.shape, p.routing);
   Workspace ws(p.workspace);
   const ForwardBuffers buf = book_forward(b, p.shape, ws);
   const bool rows = p.shape.kind == RoutingKind::Rows;
@@ -88,6 +89,7 @@ const void* backward_ds_parts(const Backend& b, const Shape& s, void* workspace)
 
 void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
   b.check_shape(p.shape);
+  check_scores(p.shape, p.routing);
   Workspace ws(p.workspace);
   BackwardBuffers buf = book_backward(b, p.shape, p.dh != nullptr, p.phases, ws);
   if (p.dh) buf.dh = p.dh;

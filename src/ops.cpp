@@ -53,6 +53,7 @@ void check_b1(const Shape& s, const View& gate, const View& up) {
 void check_routing(const Shape& s, const Routing& r) {
   require(r.counts, "routing.counts");
   require(r.offsets, "routing.offsets");
+  if (s.kind != RoutingKind::TopK) MACHMOE_CHECK(!r.slot, "routing.slot is given, expected null: only the rows of top-K (TOPK) have slots");
   if (s.kind == RoutingKind::Rows) {
     MACHMOE_CHECK(!r.token, "routing.token is given, expected null: dispatched rows (ROWS) gather nothing");
     return;
@@ -69,9 +70,7 @@ void check_routing(const Shape& s, const Routing& r) {
 // Of the ops that read scores.
 void check_scored_routing(const Shape& s, const Routing& r) {
   check_routing(s, r);
-  if (s.kind == RoutingKind::TopK)
-    MACHMOE_CHECK(r.score || s.R_cap == 0, "routing.score is null, expected the top-K weights [T, K] in {}: a carved routing has none",
-                  s.accum() == DType::F64 ? "F64" : "F32");
+  check_scores(s, r);
 }
 
 void check_grad_dtype(const Shape& s, DType dtype) {
@@ -91,6 +90,12 @@ void check_router(int64_t T, int64_t E, int64_t K, RouterKind kind, DType dtype)
 
 }  // namespace
 
+void check_scores(const Shape& s, const Routing& r) {
+  if (s.kind == RoutingKind::TopK)
+    MACHMOE_CHECK(r.score || s.R_cap == 0, "routing.score is null, expected the top-K weights [T, K] in {}: set it, a carved routing has none",
+                  s.accum() == DType::F64 ? "F64" : "F32");
+}
+
 void validate_routing(const Shape& s) {
   MACHMOE_CHECK(s.dtype == DType::F32 || s.dtype == DType::BF16 || s.dtype == DType::F64, "dtype is {}, expected F32 (0), BF16 (1) or F64 (3)",
                 static_cast<int>(s.dtype));
@@ -99,7 +104,7 @@ void validate_routing(const Shape& s) {
   MACHMOE_CHECK(s.R_cap >= 0 && s.R_cap <= kMaxRows, "row_capacity is {}, expected 0 .. {}: split the batch", s.R_cap, kMaxRows);
   switch (s.kind) {
     case RoutingKind::TopK:
-      MACHMOE_CHECK(s.K >= 1, "K is {}, expected at least 1 expert per token", s.K);
+      MACHMOE_CHECK(s.K >= 1 && s.K <= kMaxIndex, "K is {}, expected 1 .. 2^31 - 1 experts per token", s.K);
       MACHMOE_CHECK(s.T == 0 || s.K <= kMaxIndex / s.T, "T K is {} x {}, expected at most 2^31 - 1 rows: split the batch", s.T, s.K);
       MACHMOE_CHECK(s.R_cap == s.T * s.K, "row_capacity is {}, expected T K = {} with top-K routing", s.R_cap, s.T * s.K);
       return;

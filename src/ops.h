@@ -219,8 +219,9 @@ struct BiasGradArgs {  // db1_e = sum dH, db2_e = sum s dO; a null base skips th
   bool accumulate;
 };
 
-void validate_routing(const Shape&);  // T, E, K, R_cap and kind: what routing metadata depends on
-void validate(const Shape&);          // ... and d, n, dtype, activation
+void check_scores(const Shape&, const Routing&);  // top-K weights are given
+void validate_routing(const Shape&);              // T, E, K, R_cap and kind: what routing metadata depends on
+void validate(const Shape&);                      // ... and d, n, dtype, activation
 void validate(const IndexTopkArgs&);
 void validate(const IndexListsArgs&);
 void validate(const IndexRowsArgs&);

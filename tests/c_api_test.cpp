@@ -101,11 +101,32 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("dtype is 2", [](Call& c) { c.layer.dtype = MACHMOE_F16; });
   fails_with("row_capacity is 11", [](Call& c) { c.layer.row_capacity = 11; });
   fails_with("routing.score is null, expected the top-K weights", [](Call& c) { c.routing.views.score = nullptr; });
+  fails_with("K is 4294967296, expected 1 .. 2^31 - 1", [](Call& c) { c.layer.K = int64_t{1} << 32; });
+  fails_with("routing.slot is given, expected null", [](Call& c) {
+    c.layer.routing_kind = MACHMOE_LISTS;
+    c.routing.views.token = c.routing.views.slot;
+  });
   fails_with("routing.inverse is null", [](Call& c) { c.routing.views.inverse = nullptr; });
   fails_with("workspace has 16 bytes", [](Call& c) { c.workspace_bytes = 16; });
   fails_with("d_o is null", [](Call& c) { c.backward.d_o = nullptr; });
   fails_with("grad_dtype is 1", [](Call& c) { c.backward.grad_dtype = MACHMOE_BF16; });
   fails_with("io.grad_dtype is 17", [](Call& c) { c.backward.grad_dtype = 17; });
+}
+
+TEST(CApi, TheBackwardReadsTheWeightsAgain) {
+  Call c;
+  ASSERT_EQ(MACHMOE_OK, c.run_forward());
+  c.routing.views.score = nullptr;
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, c.run_backward());
+  EXPECT_THAT(machmoe_last_error(), HasSubstr("routing.score is null"));
+}
+
+TEST(CApi, WithoutWeightsNothingIsWritten) {
+  Call c;
+  c.routing.views.score = nullptr;
+  const Tensor untouched = c.h;
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, c.run_forward());
+  EXPECT_EQ(c.h, untouched);
 }
 
 TEST(CApi, PhasesAreASumOfTheThree) {

@@ -221,8 +221,13 @@ void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const
   check(machmoe_routing_carve(&l.layer, 0, metadata.data_ptr(), &l.routing));
   if (counts) l.routing.counts = static_cast<int32_t*>(data(*counts));
   if (!score) return;
-  if (dtype_of(*score, "score") != accum_of(l.layer.dtype))
-    throw std::runtime_error("the scores are not float32 (float64 beside float64), expected so");
+  const bool f64 = accum_of(l.layer.dtype) == MACHMOE_F64;
+  if (score->scalar_type() != (f64 ? ScalarType::Double : ScalarType::Float))
+    throw std::runtime_error(std::string("the scores (topk_weights) are not ") + (f64 ? "float64" : "float32") +
+                             ", expected so beside x of this dtype: convert them");
+  if (score->numel() != l.layer.row_capacity)
+    throw std::runtime_error("the scores (topk_weights) have " + std::to_string(score->numel()) + " elements, expected one for each of the " +
+                             std::to_string(l.layer.row_capacity) + " rows");
   l.routing.score = data(*score);
 }
 

@@ -100,8 +100,9 @@ typedef struct machmoe_weights {
   machmoe_vector b2;             /* [E, d], optional */
 } machmoe_weights;
 
-/* Routing metadata: views into one buffer of machmoe_routing_bytes(), or the caller's own arrays (then call machmoe_routing_complete).
- * Rows are grouped by expert. TOPK: score is what the caller makes it, the weights themselves, which live as long as the routing is used. */
+/* Routing metadata: views into one buffer of machmoe_routing_bytes(), or the caller's own arrays (LISTS, ROWS: then call machmoe_routing_complete).
+ * Rows are grouped by expert. TOPK: machmoe_routing_carve leaves score null. Set it to the top-K weights, which must live, unchanged, until the last
+ * backward. */
 typedef struct machmoe_routing {
   size_t struct_size;
   int32_t* slot;          /* TOPK [row_capacity] row -> slot, ascending inside one expert */
@@ -204,7 +205,7 @@ MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_r
                                            void* workspace, size_t bytes, void* stream);
 
 /* Phases may be called apart on one workspace, ACTIVATION first: the router's backward belongs between ACTIVATION and INPUT, for dX~ may lie over dS;
- * WEIGHT may be delayed as long as the workspace, x, d_o and dh live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
+ * WEIGHT may be delayed as long as the workspace, x, d_o, dh and the routing with its score live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
 enum { MACHMOE_PHASE_ACTIVATION = 1, MACHMOE_PHASE_WEIGHT = 2, MACHMOE_PHASE_INPUT = 4, MACHMOE_PHASE_ALL = 7 };
 typedef struct machmoe_backward_io {
   size_t struct_size;

@@ -120,10 +120,10 @@ class Layer {
   bool gated() const noexcept { return options_.activation <= MACHMOE_REGLU; }
   size_t element_size() const noexcept { return options_.dtype == MACHMOE_F64 ? 8 : options_.dtype == MACHMOE_F32 ? 4 : 2; }
 
-  // ids [T, K] int32; weights [T, K] fp32 (fp64) stay the caller's memory, as long as the routing is used.
-  Routing route_topk(const int32_t* ids, const void* weights) const {
+  // ids [T, K] int32. weights [T, K] fp32 stay the caller's memory, which must live, unchanged, as long as the routing is used.
+  Routing route_topk(const int32_t* ids, const float* weights) const {
     return make_routing([&](machmoe_routing& out, const Buffer& scratch) {
-      out.score = const_cast<void*>(weights);  // only read
+      out.score = const_cast<float*>(weights);  // only read
       return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, &out, scratch.data(), scratch.size(), options_.stream);
     });
   }
@@ -192,6 +192,7 @@ class Layer {
 
   template <class Fill>
   Routing make_routing(Fill&& fill) const {
+    if (options_.dtype == MACHMOE_F64) throw Error(MACHMOE_UNSUPPORTED, "dtype is F64, expected F32 or BF16: scores are float here, use the C API");
     size_t bytes = 0, scratch_bytes = 0;
     check(machmoe_routing_bytes(&descriptor_, 1, &bytes, &scratch_bytes));
     const Buffer memory(options_.allocator, bytes), scratch(options_.allocator, scratch_bytes);

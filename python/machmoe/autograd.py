@@ -28,7 +28,7 @@ def reads_h_last(ctx, h, *gradients):
 
 class Experts(torch.autograd.Function):
     """call: (routing, counts, kind, options, save_h) in one, since every argument of an autograd.Function takes its time; routing is the ids of a
-    top-K routing, the metadata of any other. Saved: x, the weights and the fp32 (fp64) scores themselves, H (unless recompute), metadata."""
+    top-K routing, the metadata of any other. Saved: x, the weights, the scores in fp32 (fp64), H (unless recompute), metadata."""
 
     @staticmethod
     def forward(ctx, x, w1, w1_up, w2, b1, b1_up, b2, addend, scores, call):

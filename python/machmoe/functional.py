@@ -18,12 +18,12 @@ def experts(
     w1           [E, 2n, d]; [E, n, d] for an activation without a gate; or a pair (gate, up) of [E, n, d]. Last stride 1
     w2           [E, d, n]
     topk_ids     [T, K] int32 or int64; an id >= E drops that slot
-    topk_weights [T, K] fp32, bf16 or fp16
+    topk_weights [T, K] fp32, bf16 or fp16; the backward reads fp32 ones again: changed in between, autograd raises
     activation   swiglu, swiglu_oai, geglu, reglu (with a gate); relu2, relu, gelu, gelu_erf, silu
     w1_layout    "concatenated": all gate rows, then all up rows; "interleaved": gate and up rows alternate
     b1, b2       [E, 2n] in the layout of w1 (or [E, n], or a pair), [E, d]
     addend       [T, d], added to the result (residual, shared expert)
-    recompute    True saves only x and the metadata; H is rebuilt in the backward
+    recompute    True saves only x, topk_weights and the metadata; H is rebuilt in the backward
     alpha, limit of swiglu_oai (limit 7 unless given), and the clamp of swiglu
 
     Returns [T, d], differentiable once in x, w1, w2, topk_weights, b1, b2, addend. d and n are multiples of 8.

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "core/check.h"
-#include "cpu/storage.h"
 
 namespace machmoe::cpu {
 namespace {
@@ -43,15 +42,11 @@ void index_tokens(const Shape& s, const Routing& r) {
 }
 
 // The scores that the caller gave, in row order; rows past R get 0.
-template <class Source>
-void permute_scores(const Shape& s, const Routing& r, const Source* scores, std::span<const int32_t> order) {
-  using Accum = AccumOf<Source>;
-  const auto put = [&](auto* out) {
-    for (size_t row = 0; row < order.size(); row++) out[row] = static_cast<Accum>(scores[order[row]]);
-    std::fill(out + order.size(), out + s.R_cap, Accum(0));
-  };
-  if (s.accum() == DType::F64) put(static_cast<double*>(r.score));
-  else put(static_cast<float*>(r.score));
+template <class Accum>
+void permute_scores(const Shape& s, const void* scores, std::span<const int32_t> order, void* score) {
+  auto* const out = static_cast<Accum*>(score);
+  for (size_t row = 0; row < order.size(); row++) out[row] = static_cast<const Accum*>(scores)[order[row]];
+  std::fill(out + order.size(), out + s.R_cap, Accum(0));
 }
 
 }  // namespace
@@ -114,8 +109,8 @@ void index_lists(const IndexListsArgs& p, Stream) {
       if (p.out.expert) p.out.expert[row] = static_cast<int32_t>(e);
     }
   }
-  if (p.scores)
-    dispatch_float(s.accum(), [&](auto tag) { permute_scores(s, p.out, static_cast<const typename decltype(tag)::type*>(p.scores), order); });
+  if (p.scores && s.accum() == DType::F64) permute_scores<double>(s, p.scores, order, p.out.score);
+  else if (p.scores) permute_scores<float>(s, p.scores, order, p.out.score);
   if (p.order) std::copy(order.begin(), order.end(), p.order);
   clear_rows_past(R, s, p.out, p.order);
   index_tokens(s, p.out);

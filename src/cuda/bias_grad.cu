@@ -14,7 +14,7 @@ struct ColumnSum {
   const bf16* rows;  // row r of plane p starts at rows + source[r] ld + p columns
   int64_t ld;
   Gather source;
-  const int* slot;     // row -> place of its factor; null: the row
+  bool by_slot;        // the factor of a row stands at its slot, which `source` loads
   const float* score;  // factors, null: 1
   const int* offsets;
   int64_t columns;
@@ -40,8 +40,9 @@ __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_const
       for (int i = 0; i < kUnroll; i++) {
         const int row = base + i * kRowLanes;
         if (row >= end) continue;
-        v[i] = Vec8::load(rows + int64_t{p.source[row]} * p.ld);
-        factor[i] = p.score ? p.score[p.slot ? p.slot[row] : row] : 1.f;
+        const int loaded = p.source.load(row);
+        v[i] = Vec8::load(rows + int64_t{p.source.token(loaded)} * p.ld);
+        factor[i] = p.score ? p.score[p.by_slot ? loaded : row] : 1.f;
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; i++) {
@@ -81,22 +82,15 @@ void bias_grad(const BiasGradArgs& a, Stream stream) {
   const auto* score = static_cast<const float*>(a.routing.score);
   if (a.db1_up.base) {
     const bool gated = s.act.gated();
-    launch(a,
-           {static_cast<const bf16*>(a.dh),
-            s.planes() * s.n,
-            {},
-            nullptr,
-            nullptr,
-            offsets,
-            s.n,
-            {gated ? a.db1_gate : a.db1_up, a.db1_up},
-            a.accumulate},
-           s.planes(), stream);
+    launch(
+        a,
+        {static_cast<const bf16*>(a.dh), s.planes() * s.n, {}, false, nullptr, offsets, s.n, {gated ? a.db1_gate : a.db1_up, a.db1_up}, a.accumulate},
+        s.planes(), stream);
   }
+  const bool topk = s.kind == RoutingKind::TopK;
   if (a.db2.base)
-    launch(a,
-           {static_cast<const bf16*>(a.d_o), s.d, Gather(row_source(s, a.routing)), a.routing.slot, score, offsets, s.d, {a.db2, {}}, a.accumulate},
-           1, stream);
+    launch(a, {static_cast<const bf16*>(a.d_o), s.d, Gather(row_source(s, a.routing)), topk, score, offsets, s.d, {a.db2, {}}, a.accumulate}, 1,
+           stream);
 }
 
 }  // namespace machmoe::cuda

@@ -90,7 +90,7 @@ struct Words<4> {
   using type = uint4;
 };
 
-// A warp per token and turn, kPerLane experts a lane; 0: any E and K, by bisection of the keys in shared memory.
+// A warp per token and turn, kPerLane experts a lane; 0: any E, K and alignment, by bisection of the keys in shared memory.
 template <int kPerLane>
 constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared memory holds
 template <int kPerLane>

@@ -5,6 +5,7 @@
 //   backward_driver perf [random] [shape]  milliseconds and TFLOP/s at the shapes of the published comparisons; sampled values are checked too
 #include <unistd.h>
 
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <functional>

@@ -453,8 +453,9 @@ bool check_token_rounding(bool small) {
   struct Rounding {
     int64_t T, E, K, tile;
   };
-  std::vector<Rounding> list = {{300, 6, 2, 32}, {50, 6, 2, 1},  {20, 6, 2, 32}, {40, 64, 3, 8},    {129, 4, 1, 16},
-                                {64, 5, 2, 64},  {70, 1, 1, 32}, {0, 4, 2, 8},   {200, 300, 17, 16}};
+  std::vector<Rounding> list = {{300, 6, 2, 32},   {50, 6, 2, 1},    {20, 6, 2, 32},     {40, 64, 3, 8},     {129, 4, 1, 16},
+                                {64, 5, 2, 64},    {70, 1, 1, 32},   {0, 4, 2, 8},       {200, 300, 17, 16}, {500, 200, 8, 64},
+                                {300, 256, 4, 32}, {300, 60, 4, 32}, {300, 100, 16, 32}, {300, 130, 4, 32},  {300, 384, 9, 32}};
   if (!small)
     for (const Rounding& c :
          {Rounding{24576, 128, 8, 128}, {9000, 512, 10, 128}, {3000, 1500, 20, 128}, {1000, 4096, 3, 32}, {30000, 33, 4, 2048}, {50000, 20, 2, 128}})
@@ -480,6 +481,14 @@ bool check_token_rounding(bool small) {
         expect_routing(verdict, name, s, expected, [&](const DeviceRouting& out) {
           cuda::token_round({s, c.K, c.tile, r, renormalize, 11, d_scores.data<float>(), out.views(), scratch.data()}, {});
         });
+        if (rule == 0) {  // from scores that no vector can be loaded from
+          std::vector<float> moved(scores.size() + 1);
+          std::copy(scores.begin(), scores.end(), moved.begin() + 1);
+          const DeviceMemory d_moved = on_device(moved);
+          expect_routing(verdict, name + " moved", s, expected, [&](const DeviceRouting& out) {
+            cuda::token_round({s, c.K, c.tile, r, renormalize, 11, d_moved.data<float>() + 1, out.views(), scratch.data()}, {});
+          });
+        }
         verdict(scratch.guards_hold(), name + ": scratch");
         check_rounding_gradient(verdict, name, s, renormalize, scores, expected, rng);
       }

@@ -96,6 +96,9 @@ TEST(Facade, FailuresAreExceptionsWithTheSentence) {
     EXPECT_EQ(e.status(), MACHMOE_INVALID_ARGUMENT);
     EXPECT_THAT(e.what(), testing::HasSubstr("d is 12"));
   }
+  const machmoe::Layer f64({.dtype = MACHMOE_F64, .T = T, .d = d, .n = n, .E = E, .K = K});
+  Data v;
+  EXPECT_THROW(f64.route_topk(v.ids.data(), v.weights.data()), machmoe::Error) << "its scores are double";
 }
 
 }  // namespace

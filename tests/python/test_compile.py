@@ -27,7 +27,7 @@ def experts(x, w1, w2, _):
 
 def experts_recompute(x, w1, w2, _):
     ids = torch.arange(x.shape[0])[:, None].add(torch.arange(K)).remainder(E)
-    return machmoe.experts(x, w1, w2, ids, x[:, :K].sigmoid(), recompute=True, addend=x)
+    return machmoe.experts(x, w1, w2, ids, x[:, :K].sigmoid().bfloat16(), recompute=True, addend=x)
 
 
 def lists(x, w1, w2, _):

@@ -5,6 +5,7 @@ import math
 import machmoe
 import pytest
 import torch
+from machmoe._library import TOPK, metadata_layout, ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F = torch.nn.functional
@@ -142,6 +143,29 @@ def test_ids_and_weights_are_read_in_their_own_types(ids_dtype, weights_dtype):
     want.sum().backward()
     assert v["weights"].grad.dtype == weights_dtype
     assert error(v["weights"].grad, ref["weights"].grad) <= (1e-5 if weights_dtype == torch.float32 else 4e-3)
+
+
+def test_weights_changed_before_the_backward_raise():
+    """fp32 ones are read again by the backward; of half precision a copy is kept."""
+    for dtype in (torch.float32, torch.bfloat16):
+        v, ids = leaves(torch.float32), chosen_ids()
+        chosen = v["weights"].detach().to(dtype)
+        out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, chosen).sum()
+        want = torch.autograd.grad(out, v["x"], retain_graph=True)
+        chosen.mul_(2)
+        if dtype == torch.float32:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.backward()
+        else:
+            torch.testing.assert_close(torch.autograd.grad(out, v["x"]), want)
+
+
+def test_operators_refuse_scores_of_another_dtype_or_number():
+    v, ids = leaves(torch.float32), chosen_ids()
+    call = (v["x"].detach(), v["w1"].detach(), None, v["w2"].detach(), None, None, None, None, ids)
+    for scores, words in ((v["weights"].detach().bfloat16(), "are not float32"), (v["weights"].detach()[:1].contiguous(), "one for each of the")):
+        with pytest.raises(RuntimeError, match=words):
+            ops.topk_experts_forward(*call, scores, 0, 1.702, 0.0, False, True)
 
 
 def test_addend_is_added_and_gets_its_gradient():
@@ -284,7 +308,7 @@ def saved_bytes(run, *apart):
 @pytest.mark.parametrize("n", [64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_saved_bytes_are_h_and_metadata(n, recompute):
-    """x and the weights themselves, 4 R_cap n bytes of H, metadata; at constant K n it does not grow with the granularity."""
+    """x and all weights themselves, 4 R_cap n bytes of H, metadata: of top-K 8 bytes a row. At constant K n it does not grow with the granularity."""
     k, tokens, d = 1024 // n, 256, 64
     e = 4 * k
     x, w1, w2 = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((tokens, d), (e, 2 * n, d), (e, d, n)))
@@ -297,7 +321,10 @@ def test_saved_bytes_are_h_and_metadata(n, recompute):
     def allowed(rows):
         return (0 if recompute else 4 * rows * n) + 16 * rows + 64 * e + 64 * 1024
 
-    assert saved_bytes(lambda: machmoe.experts(x, w1, w2, ids, weights, recompute=recompute), x, w1, w2) <= allowed(tokens * k)
+    _, metadata = metadata_layout(TOPK, tokens, e, tokens * k, cuda=False)
+    assert 4 * metadata <= 8 * tokens * k + 8 * e + 4 * 256
+    h = 0 if recompute else 4 * tokens * k * n
+    assert saved_bytes(lambda: machmoe.experts(x, w1, w2, ids, weights, recompute=recompute), x, w1, w2, weights) == h + 4 * metadata
     for routing in (general, rounded):
         assert saved_bytes(lambda r=routing: machmoe.experts_general(x, w1, w2, r, recompute=recompute), x, w1, w2) <= allowed(routing.capacity)
     rows = torch.randn(tokens * k, d, dtype=torch.bfloat16)

@@ -11,6 +11,8 @@ import time
 
 import torch
 
+from ..errors import UserError
+
 L2_FLUSH_BYTES = 256 << 20
 SLEEP_CYCLES_PER_MS = 1.9e6
 HOST_SECONDS = 2.0
@@ -114,8 +116,13 @@ def time_all(contestants, device, budget_ms, soak_ms):
 
 
 def memory(contestant, device):
-    """Saved between the passes, and the peaks beyond the inputs (and beyond the weight gradients), in MiB. The CPU has no allocator counters:
-    there the tensors that autograd holds are added up, and the peaks are unknown."""
+    """Saved between the passes, and the peaks beyond the inputs (and beyond the weight gradients), in MiB, as requested from the allocator: what it
+    hands out is up to 1 MiB more for a tensor, depending on what was free. The CPU has no such counters: there the tensors that autograd holds are
+    added up, and the peaks are unknown."""
+
+    def requested(which):
+        return torch.cuda.memory_stats(device)[f"requested_bytes.all.{which}"]
+
     if device.type != "cuda":
         held = {}
         known = {leaf.untyped_storage().data_ptr() for leaf in contestant.leaves()}
@@ -132,18 +139,20 @@ def memory(contestant, device):
         return {"saved_mib": sum(held.values()) / MIB, "peak_forward_mib": None, "peak_backward_mib": None}
     gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested("current")
     torch.cuda.reset_peak_memory_stats()
     o = contestant.forward()
     out = {
-        "saved_mib": (torch.cuda.memory_allocated() - before - o.nbytes) / MIB,
-        "peak_forward_mib": (torch.cuda.max_memory_allocated() - before) / MIB,
+        "saved_mib": (requested("current") - before - o.nbytes) / MIB,
+        "peak_forward_mib": (requested("peak") - before) / MIB,
     }
     torch.cuda.reset_peak_memory_stats()
     gradients = contestant.backward(o)
     weights = contestant.w1.nbytes + contestant.w2.nbytes
-    out["peak_backward_mib"] = (torch.cuda.max_memory_allocated() - before - weights) / MIB
+    out["peak_backward_mib"] = (requested("peak") - before - weights) / MIB
     del gradients
+    if not requested("peak"):
+        raise UserError("the allocator does not count what is requested from it, expected torch's own: unset its backend in PYTORCH_CUDA_ALLOC_CONF")
     return out
 
 

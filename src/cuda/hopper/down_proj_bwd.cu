@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/activation.h"
+#include "cuda/gather.cuh"
 #include "cuda/hopper/gemm/grouped_gemm.cuh"
 #include "cuda/hopper/gemm/held_tiles.cuh"
 #include "cuda/hopper/tile/fragment.cuh"
@@ -40,7 +41,7 @@ struct ActivationGradEpilogue {
   bool loading = false;         // H of the next chunk is under way, or there
   float ds[2] = {0.f, 0.f};
 
-  DEV uint32_t score_at(uint32_t slot, int row) const { return notes + HeldTiles::kBytes + 4 * (slot + row); }
+  DEV uint32_t score_at(uint32_t tile, int row) const { return notes + HeldTiles::kBytes + 4 * (tile + row); }
   DEV uint32_t loaded() const { return notes + HeldTiles::kBytes + 128; }
   DEV int chunks(int rows, int column) const { return rows > 0 ? (min(kN, p.n - column * kN) + kColumns - 1) / kColumns * 2 : 0; }
 

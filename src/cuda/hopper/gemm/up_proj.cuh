@@ -1,5 +1,6 @@
 // The launch of the A kernel for an activation.
 #pragma once
+#include "cuda/gather.cuh"
 #include "cuda/hopper/gemm/epilogue_activation.cuh"
 #include "cuda/hopper/gemm/grouped_gemm.cuh"
 #include "ops.h"
