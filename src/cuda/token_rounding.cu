@@ -90,15 +90,14 @@ struct Words<4> {
   using type = uint4;
 };
 
-// A warp per token and turn, kPerLane experts a lane; 0: any E, K and alignment, by bisection of the keys in shared memory.
+// A warp per token and turn, kPerLane experts a lane; 0: any E and K, by bisection of the keys in shared memory. A lane loads kWidth neighbouring experts
+// at once, where E and the address of the scores allow it.
 template <int kPerLane>
 constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared memory holds
-template <int kPerLane>
-constexpr int kMarkWidth = kPerLane > 4 ? 4 : std::max(kPerLane, 1);  // neighbouring experts of a lane; divides E, and a row of scores is as aligned
 
-template <int kPerLane>
+template <int kPerLane, int kWidth>
 __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p) {
-  constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens, kWidth = kMarkWidth<kPerLane>, kVectors = std::max(kPerLane / kWidth, 1);
+  constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens, kVectors = std::max(kPerLane / kWidth, 1);
   using Vector = typename Words<kWidth>::type;
   __shared__ ulonglong2 memory[kMarkWarps][16];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -523,21 +522,17 @@ void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, c
 }
 void launch_mark(const Params& p, cudaStream_t stream) {
   const auto run = [&]<int kPerLane>() {
-    constexpr int kTokens = kMarkTokens<kPerLane>;
-    launch(mark_kernel<kPerLane>, p.pitch / kTokens, 32 * kMarkWarps, MarkTile::bytes(p.E, kTokens), stream, p);
-  };
-  const auto wide = [&]<int kPerLane>() {  // whether the lanes' neighbouring experts can be loaded at once
-    constexpr int kWidth = kMarkWidth<kPerLane>;
-    const bool aligned = p.E % kWidth == 0 && reinterpret_cast<uintptr_t>(p.scores) % (sizeof(float) * kWidth) == 0;
-    if (aligned) run.template operator()<kPerLane>();
-    else run.template operator()<0>();
+    constexpr int kTokens = kMarkTokens<kPerLane>, kWidth = std::clamp(kPerLane, 1, 4);
+    const bool wide = p.E % kWidth == 0 && reinterpret_cast<uintptr_t>(p.scores) % (sizeof(float) * kWidth) == 0;
+    launch(wide ? mark_kernel<kPerLane, kWidth> : mark_kernel<kPerLane, 1>, p.pitch / kTokens, 32 * kMarkWarps, MarkTile::bytes(p.E, kTokens), stream,
+           p);
   };
   if (p.E > 512 || p.K > kMaxSelected) run.template operator()<0>();
-  else if (p.E <= 32) wide.template operator()<1>();
-  else if (p.E <= 64) wide.template operator()<2>();
-  else if (p.E <= 128) wide.template operator()<4>();
-  else if (p.E <= 256) wide.template operator()<8>();
-  else wide.template operator()<16>();
+  else if (p.E <= 32) run.template operator()<1>();
+  else if (p.E <= 64) run.template operator()<2>();
+  else if (p.E <= 128) run.template operator()<4>();
+  else if (p.E <= 256) run.template operator()<8>();
+  else run.template operator()<16>();
 }
 
 }  // namespace
