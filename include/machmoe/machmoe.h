@@ -205,7 +205,8 @@ MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_r
                                            void* workspace, size_t bytes, void* stream);
 
 /* Phases may be called apart on one workspace, ACTIVATION first: the router's backward belongs between ACTIVATION and INPUT, for dX~ may lie over dS;
- * WEIGHT may be delayed as long as the workspace, x, d_o, dh and the routing with its score live. INPUT and WEIGHT may run at once on two streams, two calls of one phase may not. */
+ * WEIGHT may be delayed as long as the workspace, x, d_o, dh and the routing with its score live. INPUT and WEIGHT may run at once on two streams,
+ * two calls of one phase may not. */
 enum { MACHMOE_PHASE_ACTIVATION = 1, MACHMOE_PHASE_WEIGHT = 2, MACHMOE_PHASE_INPUT = 4, MACHMOE_PHASE_ALL = 7 };
 typedef struct machmoe_backward_io {
   size_t struct_size;

@@ -122,21 +122,21 @@ class Layer {
 
   // ids [T, K] int32. weights [T, K] fp32 stay the caller's memory, which must live, unchanged, as long as the routing is used.
   Routing route_topk(const int32_t* ids, const float* weights) const {
-    return make_routing([&](machmoe_routing& out, const Buffer& scratch) {
+    return make_routing(weights, [&](machmoe_routing& out, const Buffer& scratch) {
       out.score = const_cast<float*>(weights);  // only read
       return machmoe_routing_from_topk(&descriptor_, ids, MACHMOE_I32, &out, scratch.data(), scratch.size(), options_.stream);
     });
   }
   // row_capacity triples in any order.
   Routing route_lists(const int32_t* token_ids, const int32_t* expert_ids, const float* scores) const {
-    return make_routing([&](const machmoe_routing& out, const Buffer& scratch) {
+    return make_routing(scores, [&](const machmoe_routing& out, const Buffer& scratch) {
       return machmoe_routing_from_lists(&descriptor_, token_ids, expert_ids, MACHMOE_I32, scores, nullptr, &out, scratch.data(), scratch.size(),
                                         options_.stream);
     });
   }
   // Dispatched rows (ROWS): counts [E] and row_scores [row_capacity] (or null) stay the caller's memory.
   Routing route_rows(int32_t* counts, float* row_scores) const {
-    return make_routing([&](machmoe_routing& out, const Buffer& scratch) {
+    return make_routing(row_scores, [&](machmoe_routing& out, const Buffer& scratch) {
       out.counts = counts;
       out.score = row_scores;
       return machmoe_routing_complete(&descriptor_, &out, scratch.data(), scratch.size(), options_.stream);
@@ -191,8 +191,9 @@ class Layer {
   }
 
   template <class Fill>
-  Routing make_routing(Fill&& fill) const {
-    if (options_.dtype == MACHMOE_F64) throw Error(MACHMOE_UNSUPPORTED, "dtype is F64, expected F32 or BF16: scores are float here, use the C API");
+  Routing make_routing(const float* scores, Fill&& fill) const {
+    if (scores && options_.dtype == MACHMOE_F64)
+      throw Error(MACHMOE_UNSUPPORTED, "dtype is F64, expected F32 or BF16: scores are float here, use the C API");
     size_t bytes = 0, scratch_bytes = 0;
     check(machmoe_routing_bytes(&descriptor_, 1, &bytes, &scratch_bytes));
     const Buffer memory(options_.allocator, bytes), scratch(options_.allocator, scratch_bytes);
