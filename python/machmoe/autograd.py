@@ -1,9 +1,22 @@
 """The autograd.Functions of the experts, the router and the layer: which tensors are kept for the backward, which gradients are asked for."""
 
+import functools
+
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from ._library import DTYPES, TOPK, accum_of, ops
+
+
+def once_differentiable(backward):
+    """torch's decorator, without its cost where no graph of the backward is built: gradients are off there already."""
+    checked = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return run
 
 
 def saves_h(recompute):
@@ -36,7 +49,9 @@ class Experts(torch.autograd.Function):
         save_h = save_h and any(ctx.needs_input_grad)
         ctx.score_dtype = -1 if scores is None else DTYPES[scores.dtype]
         if kind == TOPK:
-            k, scores = routing.shape[1], scores.to(accum_of(x.dtype))
+            k = routing.shape[1]
+            if scores.dtype != accum_of(x.dtype):
+                scores = scores.to(accum_of(x.dtype))
             o, h, metadata = ops.topk_experts_forward(x, w1, w1_up, w2, b1, b1_up, b2, addend, routing, scores, *options, save_h)
         else:
             k, metadata = 0, routing

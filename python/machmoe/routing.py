@@ -3,10 +3,10 @@
 import dataclasses
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._library import LISTS, accum_of, metadata_layout, ops
 from .arguments import RULES, check_choice, check_device, check_index, check_score
+from .autograd import once_differentiable
 
 
 @dataclasses.dataclass(frozen=True)
