@@ -392,9 +392,9 @@ void weight_grad_w1(const WeightGradW1Args& p, Stream) {
   dispatch_grad(p.shape, p.out_dtype, [&](auto type, auto out) {
     using T = typename decltype(type)::type;
     const int64_t planes = p.shape.planes(), n = p.shape.n;
+    const RowSource source = row_source(p.shape, p.routing);
     for (int64_t plane = 0; plane < planes; plane++) {
-      const Reduction<T> product{static_cast<const T*>(p.dh) + plane * n, planes * n, {}, static_cast<const T*>(p.x), p.shape.d,
-                                 row_source(p.shape, p.routing),          p.shape.d};
+      const Reduction<T> product{static_cast<const T*>(p.dh) + plane * n, planes * n, {}, static_cast<const T*>(p.x), p.shape.d, source, p.shape.d};
       weight_grad_of<T, typename decltype(out)::type>(p.shape, p.routing, product, n, planes == 2 && plane == 0 ? p.dw1_gate : p.dw1_up,
                                                       p.accumulate);
     }
