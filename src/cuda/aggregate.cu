@@ -26,8 +26,8 @@ __device__ int expert_of_row(const int* offsets, int64_t E, int row) {
   return static_cast<int>(low);
 }
 
-// A block waits for the slots of its token, then for the rows, then for Y. The lines of indices that the next blocks on this SM need are on their way to
-// L2 meanwhile: nothing else has touched them since the routing was made.
+// A block waits for the slots of its token (lists), then for the rows, then for Y. The lines of indices that a later block needs are on their way to L2
+// meanwhile.
 constexpr int kTokensAhead = 2000;
 __device__ void prefetch(const int* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -5,6 +5,7 @@
 // A key is the bits of a score in [0, 1], plus one, below a bit that says whether the pair is among the token's top K: larger keys rank first, and of
 // equal ones the lower token. 0: no token.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/token_rounding.h"
 #include "core/workspace.h"
@@ -47,9 +48,9 @@ extern __shared__ __align__(16) uint32_t shared_memory[];
 // so that both ways are free of bank conflicts.
 struct MarkTile {
   int pitch;
-  __device__ explicit MarkTile(int E) : pitch((E + 31) / 32 * 32) {}
+  __host__ __device__ explicit MarkTile(int E) : pitch((E + 31) / 32 * 32) {}
   __device__ uint32_t* at(int column, int e) const { return shared_memory + column * pitch + ((e / 4 ^ column % 8) * 4 + e % 4); }
-  static size_t bytes(int E, int tokens) { return sizeof(uint32_t) * static_cast<size_t>(tokens * ((E + 31) / 32 * 32)); }
+  static size_t bytes(int E, int tokens) { return sizeof(uint32_t) * static_cast<size_t>(tokens * MarkTile(E).pitch); }
 };
 
 // Any E and K.
@@ -75,21 +76,6 @@ __device__ inline void mark_by_bisection(const MarkTile& tile, int column, int E
   }
 }
 
-template <int kWidth>
-struct Words;
-template <>
-struct Words<1> {
-  using type = uint32_t;
-};
-template <>
-struct Words<2> {
-  using type = uint2;
-};
-template <>
-struct Words<4> {
-  using type = uint4;
-};
-
 // A warp per token and turn, kPerLane experts a lane; 0: any E and K, by bisection of the keys in shared memory. A lane loads kWidth neighbouring experts
 // at once, where E and the address of the scores allow it.
 template <int kPerLane>
@@ -98,21 +84,21 @@ constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared m
 template <int kPerLane, int kWidth>
 __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p) {
   constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens, kVectors = std::max(kPerLane / kWidth, 1);
-  using Vector = typename Words<kWidth>::type;
+  using Vector = std::conditional_t<kWidth == 4, uint4, std::conditional_t<kWidth == 2, uint2, uint32_t>>;
   __shared__ ulonglong2 memory[kMarkWarps][16];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto T = static_cast<unsigned>(p.T), E = static_cast<unsigned>(p.E), first = blockIdx.x * kTokens;
   const MarkTile tile(p.E);
   const auto scores_of = [&](int turn) { return p.scores + uint64_t{min(first + turn * kMarkWarps + warp, T - 1)} * E; };
-  const auto expert_of = [&](int v) { return (v * 32 + lane) * kWidth; };  // the first of vector v
-  const auto there = [&](int v) { return v < kVectors / 2 || expert_of(v) < E; };
+  const auto expert_at = [&](int v) { return (v * 32 + lane) * kWidth; };  // the first of vector v
+  const auto there = [&](int v) { return v < kVectors / 2 || expert_at(v) < E; };
   // The scores of the warp's tokens, in flight at once where registers hold them.
   constexpr int kTurns = kTokens > kMarkWarps ? kTokens / kMarkWarps : 1, kAhead = kPerLane <= 4 ? kTurns : 1;
   Vector score[kAhead][kVectors];
   const auto load = [&](int turn, auto& into) {
     const uint32_t* scores = scores_of(turn);
 #pragma unroll
-    for (int v = 0; v < kVectors; v++) into[v] = there(v) ? *reinterpret_cast<const Vector*>(scores + expert_of(v)) : Vector{};
+    for (int v = 0; v < kVectors; v++) into[v] = there(v) ? *reinterpret_cast<const Vector*>(scores + expert_at(v)) : Vector{};
   };
   if constexpr (kAhead > 1)
     for (int turn = 0; turn < kTurns; turn++) load(turn, score[turn]);
@@ -122,7 +108,8 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
     if (kTokens < kMarkWarps && column >= kTokens) break;
     if constexpr (kPerLane > 0) {
       if constexpr (kAhead == 1) load(turn, score[0]);
-      auto& key = reinterpret_cast<uint32_t(&)[kPerLane]>(score[kAhead > 1 ? turn : 0]);
+      auto& own = score[kAhead > 1 ? turn : 0];
+      auto& key = reinterpret_cast<uint32_t(&)[kPerLane]>(own);
 #pragma unroll
       for (int j = 0; j < kPerLane; j++) key[j] = key_of(key[j]);  // those past E are last: no real one is below 0 or has a higher index
       const Candidates found = find_candidates(key, p.K, lane);
@@ -132,7 +119,7 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
         if (ranked && key[j] >= found.bound) key[j] |= kChosen;
 #pragma unroll
       for (int v = 0; v < kVectors; v++)
-        if (there(v)) *reinterpret_cast<Vector*>(tile.at(column, expert_of(v))) = score[kAhead > 1 ? turn : 0][v];
+        if (there(v)) *reinterpret_cast<Vector*>(tile.at(column, expert_at(v))) = own[v];
       if (!ranked) {
         __syncwarp();
         const Selected mine = rank_candidates<kWidth>(found, key, p.K, lane, memory[warp]);

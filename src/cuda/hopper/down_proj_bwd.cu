@@ -54,7 +54,7 @@ struct ActivationGradEpilogue {
     __syncwarp();
   }
   DEV int columns(const CtaTile& t) const { return p.n - t.column * kN; }
-  // A tile begins to be multiplied.
+  // A tile begins to be multiplied. Its scores are on their way, of top-K their slots.
   DEV void begin(const CtaTile& t, int row) {
     tiles.begin(t, row);
     const int rows = min(16, t.row_end - row), lane = lane_id();
@@ -81,7 +81,7 @@ struct ActivationGradEpilogue {
     loading = true;
     loads++;
   }
-  // The tile is complete: its products are what chunk() sees from now on.
+  // The tile is complete: its products are what chunk() sees from now on. The scores of top-K arrive by the first chunk, in the place of the slots.
   DEV bool complete(const float (&)[kN / 2]) {
     finish_ds();
     left = following;
