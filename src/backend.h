@@ -14,7 +14,7 @@ struct Backend {
   int64_t (*ds_parts)(const Shape&);                        // column tiles that each leave one dS partial
   void (*check_shape)(const Shape&);                        // throws Unsupported with the fix
 
-  void (*clear)(void* data, size_t bytes, Stream);  // zeroes memory of the device
+  void (*clear)(void* data, size_t bytes, Stream);  // zeroes a few 32-bit words of the device
 
   void (*index_topk)(const IndexTopkArgs&, Stream);
   void (*index_lists)(const IndexListsArgs&, Stream);

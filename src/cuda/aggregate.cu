@@ -36,6 +36,7 @@ template <bool kTopk, bool kWeighted, bool kBias, int kRows>
 __global__ void __launch_bounds__(256, kRows == 2 ? 8
                                        : kBias    ? 4
                                                   : 5) aggregate_kernel(const __grid_constant__ AggregateParams p) {
+  cudaGridDependencySynchronize();
   const int64_t t = blockIdx.x;
   const int begin = kTopk ? static_cast<int>(t) * p.K : p.routing.token_offsets[t], end = kTopk ? begin + p.K : p.routing.token_offsets[t + 1];
   if (threadIdx.x == 0 && t + kTokensAhead < p.T) {
@@ -105,11 +106,10 @@ void aggregate(const AggregateArgs& a, Stream stream) {
     const auto kernel = a.weighted && a.b2.base ? aggregate_kernel<kTopk, true, true, 4>
                         : a.weighted            ? (few ? aggregate_kernel<kTopk, true, false, 2> : aggregate_kernel<kTopk, true, false, 4>)
                                                 : (few ? aggregate_kernel<kTopk, false, false, 2> : aggregate_kernel<kTopk, false, false, 4>);
-    kernel<<<blocks, threads, 0, stream_of(stream)>>>(p);
+    launch_kernel(kernel, blocks, threads, 0, stream, p);
   };
   if (s.kind == RoutingKind::TopK) launch.template operator()<true>();
   else launch.template operator()<false>();
-  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace machmoe::cuda

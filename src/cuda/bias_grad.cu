@@ -25,6 +25,7 @@ struct ColumnSum {
 // grid: column chunks, experts, planes
 template <class Out>
 __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_constant__ ColumnSum p) {
+  cudaGridDependencySynchronize();
   constexpr int kUnroll = 4;  // loads in flight
   __shared__ float partial[kRowLanes][kColumns + 4];
   const int e = blockIdx.y, lane = threadIdx.x % 8, group = threadIdx.x / 8, plane = blockIdx.z;
@@ -69,9 +70,7 @@ __global__ void __launch_bounds__(kThreads) column_sum_kernel(const __grid_const
 
 void launch(const BiasGradArgs& a, const ColumnSum& p, int64_t planes, Stream stream) {
   const dim3 grid(static_cast<unsigned>((p.columns + kColumns - 1) / kColumns), static_cast<unsigned>(a.shape.E), static_cast<unsigned>(planes));
-  if (a.out_dtype == DType::F32) column_sum_kernel<float><<<grid, kThreads, 0, stream_of(stream)>>>(p);
-  else column_sum_kernel<bf16><<<grid, kThreads, 0, stream_of(stream)>>>(p);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(a.out_dtype == DType::F32 ? column_sum_kernel<float> : column_sum_kernel<bf16>, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace

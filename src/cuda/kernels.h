@@ -6,7 +6,7 @@ namespace machmoe::cuda {
 
 constexpr int64_t kMaxExperts = 4096;  // of the index ops and the router: an expert's counters fit in shared memory
 
-// launch.cpp
+// clear.cu
 void clear(void* data, size_t bytes, Stream);
 // metadata.cu
 size_t index_scratch(const Shape&);

@@ -6,8 +6,6 @@
 #include <mutex>
 #include <utility>
 
-#include "cuda/kernels.h"
-
 namespace machmoe::cuda {
 
 int num_sms() {
@@ -22,18 +20,16 @@ int num_sms() {
   return count;
 }
 
-void allow_shared_memory(const void* kernel, int bytes) {
+void allow_shared_memory(const void* kernel, size_t bytes) {
   static auto& mutex = *new std::mutex;  // never destroyed: autograd's threads may still launch when the process ends
-  static auto& allowed = *new std::map<std::pair<const void*, int>, int>;  // of a kernel on a device
+  static auto& allowed = *new std::map<std::pair<const void*, int>, size_t>;  // of a kernel on a device
   int device = 0;
   MACHMOE_CUDA_CALL(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);
-  int& known = allowed[{kernel, device}];
+  size_t& known = allowed[{kernel, device}];
   if (bytes <= known) return;
-  MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  MACHMOE_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   known = bytes;
 }
-
-void clear(void* data, size_t bytes, Stream stream) { MACHMOE_CUDA_CALL(cudaMemsetAsync(data, 0, bytes, stream_of(stream))); }
 
 }  // namespace machmoe::cuda

@@ -99,6 +99,7 @@ __device__ inline unsigned same_value(int value, int bits) {
 
 template <class Id>
 __global__ void __launch_bounds__(kIndexThreads, 1) rank_kernel(SortParams p, const Id* ids) {
+  cudaGridDependencySynchronize();
   const WarpCounters counters(shared_memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunk = blockIdx.x, per_lane = p.chunks.per_lane, bits = 32 - __clz(p.E);
   if (p.turns && blockIdx.x == 0 && threadIdx.x == 0) *p.turns = 0;
@@ -173,6 +174,7 @@ struct ScatterMemory {
 // Source: writes what a row needs to know of its slot.
 template <class Id, class Source>
 __global__ void __launch_bounds__(kIndexThreads, 1) scatter_kernel(SortParams p, const Id* ids, Source source) {
+  cudaGridDependencySynchronize();
   const int lists = work_blocks(p.E), blocks = static_cast<int>(gridDim.x) - lists, block = static_cast<int>(blockIdx.x) - lists,
             count = p.chunks.count;
   if (block < 0) {
@@ -324,6 +326,7 @@ struct ListsParams {
 
 template <class Id>
 __global__ void __launch_bounds__(kIndexThreads, 1) lists_kernel(ListsParams p) {
+  cudaGridDependencySynchronize();
   const auto grid = cooperative_groups::this_grid();
   const auto* tokens = static_cast<const Id*>(p.tokens);
   const auto* experts = static_cast<const Id*>(p.experts);
@@ -364,9 +367,13 @@ __device__ void rows_phase(const Routing& r, const WorkList& work, int E, int64_
   scan.run(E, R_cap, [&](int e) { return max(r.counts[e], 0); });
   write_work(scan, E, blockIdx.x, gridDim.x, nullptr, r.offsets, work);
 }
-__global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(Routing r, WorkList work, int E, int64_t R_cap) { rows_phase(r, work, E, R_cap); }
+__global__ void __launch_bounds__(kIndexThreads, 1) rows_kernel(Routing r, WorkList work, int E, int64_t R_cap) {
+  cudaGridDependencySynchronize();
+  rows_phase(r, work, E, R_cap);
+}
 
 __global__ void __launch_bounds__(kIndexThreads, 1) list_rows_kernel(Routing r, WorkList work, TokenGroups groups, int E, int64_t R_cap) {
+  cudaGridDependencySynchronize();
   const auto grid = cooperative_groups::this_grid();
   rows_phase(r, work, E, R_cap);
   grid.sync();
@@ -381,13 +388,9 @@ __global__ void __launch_bounds__(kIndexThreads, 1) list_rows_kernel(Routing r, 
 // ---- host ----------------------------------------------------------------------------------------------------------------------
 void check_experts(const Shape& s) { MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, kMaxExperts); }
 
-template <class Kernel>
-void allow_smem(Kernel kernel, size_t bytes) {
-  if (bytes > 40 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(bytes));
-}
 template <class... Args>
 void launch_cooperative(void (*kernel)(Args...), int64_t items, size_t smem, Stream stream, Args... args) {
-  allow_smem(kernel, smem);
+  if (smem > 40 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), smem);
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>((items + kIndexThreads - 1) / kIndexThreads, 1, num_sms()));
   void* pointers[] = {&args...};
   MACHMOE_CUDA_CALL(
@@ -423,13 +426,9 @@ void dispatch_ids(DType dtype, F&& f) {
 // The two launches of the sort.
 template <class Id, class Source>
 void launch_sort(const SortParams& p, const Id* ids, const Source& source, Stream stream) {
-  const size_t rank_smem = WarpCounters::bytes(p.E), scatter_smem = ScatterMemory::bytes(p.E, p.chunks);
-  allow_smem(rank_kernel<Id>, rank_smem);
-  allow_smem(scatter_kernel<Id, Source>, scatter_smem);
-  rank_kernel<Id><<<static_cast<unsigned>(p.chunks.count), kIndexThreads, rank_smem, stream_of(stream)>>>(p, ids);
+  launch_kernel(rank_kernel<Id>, static_cast<unsigned>(p.chunks.count), kIndexThreads, WarpCounters::bytes(p.E), stream, p, ids);
   const auto blocks = static_cast<unsigned>(std::min(p.chunks.count, kScatterBlocks) + work_blocks(p.E));
-  scatter_kernel<Id, Source><<<blocks, kIndexThreads, scatter_smem, stream_of(stream)>>>(p, ids, source);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(scatter_kernel<Id, Source>, blocks, kIndexThreads, ScatterMemory::bytes(p.E, p.chunks), stream, p, ids, source);
 }
 
 }  // namespace
@@ -482,9 +481,7 @@ void index_rows(const IndexRowsArgs& a, Stream stream) {
     return;
   }
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(work_capacity(s.R_cap, s.E) / kIndexThreads, work_blocks(s.E), 32));
-  allow_smem(rows_kernel, smem);
-  rows_kernel<<<blocks, kIndexThreads, smem, stream_of(stream)>>>(a.out, work, static_cast<int>(s.E), s.R_cap);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(rows_kernel, blocks, kIndexThreads, smem, stream, a.out, work, static_cast<int>(s.E), s.R_cap);
 }
 
 }  // namespace machmoe::cuda

@@ -19,6 +19,7 @@ struct Params {
 };
 
 __global__ void __launch_bounds__(256) score_grad_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (i >= p.R_cap) return;
   const int64_t row = p.inverse ? p.inverse[i] : i < *p.rows ? i : -1;
@@ -40,8 +41,7 @@ void score_grad(const ScoreGradArgs& a, Stream stream) {
                  s.R_cap,
                  a.dscore,
                  a.dscore_dtype};
-  score_grad_kernel<<<static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream_of(stream)>>>(p);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(score_grad_kernel, static_cast<unsigned>((s.R_cap + 255) / 256), 256, 0, stream, p);
 }
 
 }  // namespace machmoe::cuda

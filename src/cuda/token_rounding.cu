@@ -83,6 +83,7 @@ constexpr int kMarkTokens = kPerLane > 0 ? 32 : 8;  // of a block: what shared m
 
 template <int kPerLane, int kWidth>
 __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0 ? 3 : 4) mark_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   constexpr int kTokens = kMarkTokens<kPerLane>, kAtOnce = 32 / kTokens, kVectors = std::max(kPerLane / kWidth, 1);
   using Vector = std::conditional_t<kWidth == 4, uint4, std::conditional_t<kWidth == 2, uint2, uint32_t>>;
   __shared__ ulonglong2 memory[kMarkWarps][16];
@@ -281,6 +282,7 @@ class ExpertKeys {
 };
 
 __global__ void __launch_bounds__(kIndexThreads, 1) count_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   const auto* keys = reinterpret_cast<const uint4*>(p.keys + blockIdx.x * p.pitch);
   int chosen = 0;
 #pragma unroll 8
@@ -293,6 +295,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1) count_kernel(const __grid_co
 }
 
 __global__ void balance_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   __shared__ int count[kMaxExperts];
   for (int e = threadIdx.x; e < p.E; e += blockDim.x) count[e] = p.topk_count[e];
   __syncthreads();
@@ -344,6 +347,7 @@ __device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, Expert
 }
 
 __global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   const int e = blockIdx.x;
   const ExpertKeys keys(p, e);
   const int f = keys.f(), over = f % p.tile, down = f - over, up = down + p.tile;
@@ -402,6 +406,7 @@ struct RowsMemory {
 };
 
 __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_constant__ Params p) {
+  cudaGridDependencySynchronize();
   const int lists = work_blocks(p.E);
   if (static_cast<int>(blockIdx.x) < lists) {
     ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
@@ -501,18 +506,12 @@ Scratch book(const Shape& s, Workspace& ws) {
   return b;
 }
 
-template <class... Args>
-void launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t smem, cudaStream_t stream, Args... args) {
-  if (smem > 23 * 1024)  // with the static part, at most 25 KB here, that may be more than 48 KB
-    allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(smem));
-  kernel<<<static_cast<unsigned>(blocks), threads, smem, stream>>>(args...);
-}
-void launch_mark(const Params& p, cudaStream_t stream) {
+void launch_mark(const Params& p, Stream stream) {
   const auto run = [&]<int kPerLane>() {
     constexpr int kTokens = kMarkTokens<kPerLane>, kWidth = std::clamp(kPerLane, 1, 4);
     const bool wide = p.E % kWidth == 0 && reinterpret_cast<uintptr_t>(p.scores) % (sizeof(float) * kWidth) == 0;
-    launch(wide ? mark_kernel<kPerLane, kWidth> : mark_kernel<kPerLane, 1>, p.pitch / kTokens, 32 * kMarkWarps, MarkTile::bytes(p.E, kTokens), stream,
-           p);
+    launch_kernel(wide ? mark_kernel<kPerLane, kWidth> : mark_kernel<kPerLane, 1>, static_cast<unsigned>(p.pitch / kTokens), 32 * kMarkWarps,
+                  MarkTile::bytes(p.E, kTokens), stream, p);
   };
   if (p.E > 512 || p.K > kMaxSelected) run.template operator()<0>();
   else if (p.E <= 32) run.template operator()<1>();
@@ -530,14 +529,13 @@ size_t token_round_scratch(const Shape& s) {
   return ws.used();
 }
 
-void token_round(const TokenRoundArgs& a, Stream on) {
+void token_round(const TokenRoundArgs& a, Stream stream) {
   const Shape& s = a.shape;
   MACHMOE_SUPPORTED(s.E <= kMaxExperts, "E is {}, expected at most {} experts on CUDA", s.E, kMaxExperts);
   MACHMOE_SUPPORTED(a.rule != RoundingRule::NrS || a.tile <= kMaxScoredTile, "tile is {}, expected at most {} with the rule NR-s on CUDA", a.tile,
                     kMaxScoredTile);
   Workspace ws(a.scratch);
   const Scratch b = book(s, ws);
-  const cudaStream_t stream = stream_of(on);
   const Params p{s.T,
                  s.R_cap,
                  pitch_of(s.T),
@@ -554,14 +552,15 @@ void token_round(const TokenRoundArgs& a, Stream on) {
                  b.keys,
                  b.topk_count,
                  b.members};
+  const auto experts = static_cast<unsigned>(s.E);
   if (s.T > 0) launch_mark(p, stream);
   if (p.rounding && a.rule == RoundingRule::BalanceF) {
-    launch(count_kernel, s.E, kIndexThreads, 0, stream, p);
-    launch(balance_kernel, 1, 256, 0, stream, p);
+    launch_kernel(count_kernel, experts, kIndexThreads, 0, stream, p);
+    launch_kernel(balance_kernel, 1, 256, 0, stream, p);
   }
-  launch(select_kernel, s.E, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
-  launch(rows_kernel, work_blocks(s.E) + std::max<int64_t>(1, p.pitch / 32), kRowsThreads, RowsMemory::bytes(s.E), stream, p);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(select_kernel, experts, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
+  const auto words = static_cast<unsigned>(std::max<int64_t>(1, p.pitch / 32));
+  launch_kernel(rows_kernel, work_blocks(s.E) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
 }
 
 }  // namespace machmoe::cuda

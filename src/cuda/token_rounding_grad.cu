@@ -12,6 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kTokens = kThreads / 32;  // of a block
 
 __global__ void __launch_bounds__(kThreads) token_round_backward_kernel(const __grid_constant__ TokenRoundBackwardArgs p) {
+  cudaGridDependencySynchronize();
   const int64_t t = int64_t{blockIdx.x} * kTokens + threadIdx.x / 32;
   if (t >= p.shape.T) return;
   const int lane = threadIdx.x % 32, E = static_cast<int>(p.shape.E);
@@ -48,8 +49,7 @@ __global__ void __launch_bounds__(kThreads) token_round_backward_kernel(const __
 void token_round_backward(const TokenRoundBackwardArgs& a, Stream stream) {
   if (a.shape.T == 0) return;
   const auto blocks = static_cast<unsigned>((a.shape.T + kTokens - 1) / kTokens);
-  token_round_backward_kernel<<<blocks, kThreads, 0, stream_of(stream)>>>(a);
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(token_round_backward_kernel, blocks, kThreads, 0, stream, a);
 }
 
 }  // namespace machmoe::cuda

@@ -35,6 +35,7 @@ constexpr int token_warps(int per_lane) { return per_lane <= 4 ? 24 : per_lane =
 
 template <int kPerLane, class Logit>
 __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  cudaGridDependencySynchronize();
   constexpr int kWarps = token_warps(kPerLane), kColumns = 32 * kPerLane;
   __shared__ ulonglong2 memory[kWarps][16];
   __shared__ float prob_sum[kWarps][kColumns];
@@ -127,6 +128,7 @@ __device__ int block_min(int v) {
 
 template <class Logit>
 __global__ void __launch_bounds__(kThreads) topk_block_kernel(const __grid_constant__ TopkParams<Logit> p) {
+  cudaGridDependencySynchronize();
   __shared__ uint64_t chosen[kMaxK];  // key, then the lower id
   __shared__ int ranked[kMaxK];
   __shared__ int filled;
@@ -225,6 +227,7 @@ struct SumParams {
 };
 
 __global__ void __launch_bounds__(32 * kSumWarps) topk_sum_kernel(const __grid_constant__ SumParams p) {
+  cudaGridDependencySynchronize();
   __shared__ int count_part[kSumWarps][32];
   __shared__ float prob_part[kSumWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = static_cast<int>(blockIdx.x) * 32 + lane;
@@ -295,6 +298,7 @@ __device__ float slot_gradient(const BackwardParams<Logit>& p, int64_t slot) {
 // A warp per token; its gradient is put together in shared memory.
 template <class Logit>
 __global__ void __launch_bounds__(256) topk_backward_kernel(const __grid_constant__ BackwardParams<Logit> p) {
+  cudaGridDependencySynchronize();
   extern __shared__ float gradients[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float* d = gradients + int64_t{warp} * p.E;
@@ -375,18 +379,17 @@ Scratch book(int64_t T, int64_t E, int64_t K, Workspace& ws) {
 }
 
 template <class Logit>
-void launch_topk(const TopkParams<Logit>& p, unsigned blocks, cudaStream_t stream) {
+void launch_topk(const TopkParams<Logit>& p, unsigned blocks, Stream stream) {
   const auto run = [&]<int kPerLane>() {
     const auto warps = static_cast<unsigned>(std::clamp<int64_t>((p.T + blocks - 1) / blocks, 1, token_warps(kPerLane)));
-    topk_warp_kernel<kPerLane><<<blocks, 32 * warps, 0, stream>>>(p);
+    launch_kernel(topk_warp_kernel<kPerLane, Logit>, blocks, 32 * warps, 0, stream, p);
   };
-  if (!fits_warp(p.E, p.K)) topk_block_kernel<<<blocks, kThreads, 0, stream>>>(p);
+  if (!fits_warp(p.E, p.K)) launch_kernel(topk_block_kernel<Logit>, blocks, kThreads, 0, stream, p);
   else if (p.E <= 32) run.template operator()<1>();
   else if (p.E <= 64) run.template operator()<2>();
   else if (p.E <= 128) run.template operator()<4>();
   else if (p.E <= 256) run.template operator()<8>();
   else run.template operator()<16>();
-  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace
@@ -406,12 +409,11 @@ void topk(const TopkArgs& a, Stream stream) {
     using Logit = decltype(logit);
     launch_topk<Logit>({a.T, static_cast<int>(a.E), static_cast<int>(a.K), a.kind == RouterKind::SoftmaxTopk, static_cast<const Logit*>(a.logits),
                         a.ids, static_cast<float*>(a.weights), b.finished, b.counts, a.aux ? b.probs : nullptr},
-                       blocks, stream_of(stream));
+                       blocks, stream);
   });
-  topk_sum_kernel<<<static_cast<unsigned>((a.E + 31) / 32), 32 * kSumWarps, 0, stream_of(stream)>>>(
-      SumParams{static_cast<int>(a.E), static_cast<int>(a.K), static_cast<int>(blocks), a.T, b.counts, b.probs, b.finished, b.losses, a.counts,
-                static_cast<float*>(a.aux)});
-  MACHMOE_CUDA_CALL(cudaGetLastError());
+  launch_kernel(topk_sum_kernel, static_cast<unsigned>((a.E + 31) / 32), 32 * kSumWarps, 0, stream,
+                {static_cast<int>(a.E), static_cast<int>(a.K), static_cast<int>(blocks), a.T, b.counts, b.probs, b.finished, b.losses, a.counts,
+                 static_cast<float*>(a.aux)});
 }
 
 void topk_backward(const TopkBackwardArgs& a, Stream stream) {
@@ -436,9 +438,8 @@ void topk_backward(const TopkBackwardArgs& a, Stream stream) {
                                   a.R_cap,
                                   static_cast<const float*>(a.daux),
                                   static_cast<Logit*>(a.dlogits)};
-    topk_backward_kernel<<<blocks, static_cast<unsigned>(32 * warps), static_cast<size_t>(smem), stream_of(stream)>>>(p);
+    launch_kernel(topk_backward_kernel<Logit>, blocks, static_cast<unsigned>(32 * warps), static_cast<size_t>(smem), stream, p);
   });
-  MACHMOE_CUDA_CALL(cudaGetLastError());
 }
 
 }  // namespace machmoe::cuda

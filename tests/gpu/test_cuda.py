@@ -249,6 +249,20 @@ def test_forward_and_backward_in_a_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
+def test_an_event_of_another_stream_is_waited_for():
+    v = on_gpu(leaves(512, 128, 64, 8, 2))
+    ids, source = torch.rand(512, 8).topk(2).indices.to(CUDA), v["x"].detach().clone()
+    expected = machmoe.experts(source, v["w1"], v["w2"], ids, v["weights"])
+    x, side, main = torch.full_like(source, float("nan")), torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(main)
+    machmoe.experts(source, v["w1"], v["w2"], ids, v["weights"])  # a kernel of the library is the last of this stream
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(5_000_000)
+        x.copy_(source)
+    main.wait_stream(side)
+    assert torch.equal(machmoe.experts(x, v["w1"], v["w2"], ids, v["weights"]), expected)
+
+
 @pytest.mark.parametrize("routing", ["topk", "token-rounding"])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compile_in_one_graph(routing, dynamic):

@@ -178,6 +178,7 @@ struct ActivationGradEpilogue {
 // dS += <dO, b2>, into the first partial. One warp a row; only layers with an output bias run it.
 __global__ void __launch_bounds__(256) score_bias_kernel(const WorkHeader* header, const WorkTile* tiles, const bf16* d_o, Gather source,
                                                          const bf16* b2, int64_t stride, int64_t expert_stride, int d, float* ds) {
+  cudaGridDependencySynchronize();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = blockIdx.x; i < header->tiles; i += gridDim.x) {
     const WorkTile t = tiles[i];
@@ -244,10 +245,8 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   if (a.b2.base) {
     const WorkList work = work_list(a.routing.tiles, s.E);
     const int grid = static_cast<int>(std::min(int64_t{4 * num_sms()}, work_capacity(s.R_cap, s.E)));
-    score_bias_kernel<<<grid, 256, 0, stream_of(stream)>>>(work.header, work.tiles, static_cast<const bf16*>(a.d_o), source,
-                                                           static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d),
-                                                           static_cast<float*>(a.ds_parts));
-    MACHMOE_CUDA_CALL(cudaGetLastError());
+    launch_kernel(score_bias_kernel, grid, 256, 0, stream, work.header, work.tiles, static_cast<const bf16*>(a.d_o), source,
+                  static_cast<const bf16*>(a.b2.base), a.b2.stride, a.b2.expert_stride, static_cast<int>(d), static_cast<float*>(a.ds_parts));
   }
 }
 

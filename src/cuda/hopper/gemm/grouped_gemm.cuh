@@ -5,9 +5,9 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/load.cuh"
 #include "cuda/hopper/gemm/schedule.cuh"
+#include "cuda/launch.h"
 #include "ops.h"
 
 namespace machmoe::cuda::hopper {
@@ -58,6 +58,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1)
     TurnSlots::init(stages + Layout::kTurns);
   }
   cluster_sync();
+  cudaGridDependencySynchronize();
   const int tiles = __ldg(&p.turns.header->tiles);
   const bool any = uniform(blockIdx.x / 2 < p.turns.order.items(tiles));
 
@@ -84,7 +85,7 @@ void launch_grouped_gemm(GroupedGemmParams<Loader, Epilogue, Weights>& p, const 
   const int64_t pairs = (work_capacity(s.R_cap, s.E) + 1) / 2;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, columns * pairs));
   p.turns = TileTurns::make(TileOrder::make(Loader::kGathered, columns), work.header, work.tiles, turns);
-  launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
+  launch_kernel(grouped_gemm<Schedule, Loader, Epilogue, Weights>, 2 * clusters, kGemmThreads, SharedLayout<Schedule, Epilogue>::kBytes, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper

@@ -8,6 +8,7 @@
 
 namespace machmoe::cuda::hopper {
 
+constexpr int kGemmThreads = 384;              // of a CTA: a producer and two consumer warpgroups
 constexpr int kBlockK = 64;                    // of a stage: one row of the swizzle, 128 bytes
 constexpr int kPanelBytes = 64 * kBlockK * 2;  // of an MN-major panel: kBlockK rows of 64 columns
 constexpr int kMaxSharedBytes = 232448;        // of a CTA on sm_90

@@ -9,7 +9,6 @@
 #include <type_traits>
 
 #include "cuda/gather.cuh"
-#include "cuda/hopper/gemm/launch.cuh"
 #include "cuda/hopper/gemm/multiply.cuh"
 #include "cuda/hopper/gemm/ring.cuh"
 #include "cuda/hopper/gemm/turns.cuh"
@@ -148,6 +147,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
     TurnSlots::init(smem + Layout::kTurns);
   }
   cluster_sync();
+  cudaGridDependencySynchronize();
   const int experts = __ldg(&p.turns.header->experts);
 
   if (wg == 0) {
@@ -353,7 +353,7 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   p.turns = ExpertTurns::make({static_cast<int>((d + 255) / 256) * p.columns}, work.header, work.experts, q.turns);
   const int64_t items = static_cast<int64_t>(E) * p.turns.order.tiles;
   const int clusters = static_cast<int>(std::min<int64_t>(num_sms() / 2, items));
-  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, VarlenKLayout::kBytes, stream, p);
+  launch_kernel(varlen_k_kernel<Out, kTransposed>, 2 * clusters, kGemmThreads, VarlenKLayout::kBytes, stream, p);
 }
 
 }  // namespace machmoe::cuda::hopper
