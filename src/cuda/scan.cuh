@@ -18,6 +18,14 @@ __device__ T warp_inclusive_sum(T value) {
   }
   return value;
 }
+// The sum over the warp; of 64-bit values, which carry two sums of 31 bits, the one and the other.
+template <class T>
+__device__ T warp_total(T value) {
+  if constexpr (sizeof(T) == 4) return __reduce_add_sync(~0u, value);
+  else
+    return static_cast<T>(uint64_t{__reduce_add_sync(~0u, static_cast<unsigned>(value >> 32))} << 32 |
+                          __reduce_add_sync(~0u, static_cast<unsigned>(value)));
+}
 // The sum over the threads of the block before this one. All threads of the block call it.
 template <class T>
 __device__ T exclusive_sum(T value, T& total) {
@@ -27,10 +35,9 @@ __device__ T exclusive_sum(T value, T& total) {
   __syncthreads();  // the parts of the call before have been read
   if (lane == 31) parts[warp] = own;
   __syncthreads();
-  const T part = warp_inclusive_sum(lane < blockDim.x / 32 ? parts[lane] : T{0});
-  total = __shfl_sync(~0u, part, 31);
-  const T before = __shfl_sync(~0u, part, warp == 0 ? 0 : warp - 1);
-  return (warp == 0 ? T{0} : before) + own - value;
+  const T part = lane < blockDim.x / 32 ? parts[lane] : T{0};
+  total = warp_total(part);
+  return warp_total(lane < warp ? part : T{0}) + own - value;
 }
 __device__ inline int block_sum(int value) {
   int total;
