@@ -39,6 +39,16 @@ __device__ T exclusive_sum(T value, T& total) {
   total = warp_total(part);
   return warp_total(lane < warp ? part : T{0}) + own - value;
 }
+// The sum over the warps of the block before this one, and over this one. All threads of the block call it.
+__device__ inline int sum_of_earlier_warps(int value, int& of_warp) {
+  __shared__ int parts[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  of_warp = warp_total(value);
+  __syncthreads();  // the parts of the call before have been read
+  if (lane == 0) parts[warp] = of_warp;
+  __syncthreads();
+  return warp_total(lane < warp ? parts[lane] : 0);
+}
 __device__ inline int block_sum(int value) {
   int total;
   exclusive_sum(value, total);

@@ -146,18 +146,17 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
 }
 
 // ---- select --------------------------------------------------------------------------------------------------------------------
-// The keys of one expert, in shared memory where they fit.
+constexpr int64_t kMaxSharedKeys = 48 * 1024;
+
+// The keys of one expert, in shared memory or where mark left them.
+template <bool kShared>
 class ExpertKeys {
  public:
-  static constexpr int64_t kMaxShared = 48 * 1024;
-  static size_t shared_bytes(int64_t pitch) { return pitch <= kMaxShared ? sizeof(uint32_t) * static_cast<size_t>(pitch) : 0; }
-
   __device__ ExpertKeys(const Params& p, int e) : pitch_(static_cast<int>(p.pitch)), keys_(p.keys + e * p.pitch) {
     int* const histogram = histogram_of_block();
     histogram[threadIdx.x] = histogram[kIndexThreads + threadIdx.x] = 0;
     __syncthreads();
     const auto* keys = reinterpret_cast<const uint4*>(keys_);
-    auto* copy = p.pitch <= kMaxShared ? reinterpret_cast<uint4*>(shared_memory) : nullptr;
     constexpr int kLoads = 4;  // in flight
 #pragma unroll 1
     for (int base = static_cast<int>(threadIdx.x); base < pitch_ / 4; base += kLoads * kIndexThreads) {
@@ -168,16 +167,14 @@ class ExpertKeys {
 #pragma unroll
       for (int j = 0; j < kLoads; j++) {
         if (base + j * kIndexThreads >= pitch_ / 4) break;
-        if (copy) copy[base + j * kIndexThreads] = k[j];
+        if constexpr (kShared) reinterpret_cast<uint4*>(shared_memory)[base + j * kIndexThreads] = k[j];
         for (const uint32_t key : {k[j].x, k[j].y, k[j].z, k[j].w}) atomicAdd(histogram + (key >> 20), 1);
       }
     }
-    if (copy) keys_ = shared_memory;
     __syncthreads();
     const int digit = 2 * kIndexThreads - 1 - 2 * static_cast<int>(threadIdx.x);
     high_ = histogram[digit], low_ = histogram[digit - 1];
-    int total;
-    before_ = exclusive_sum(high_ + low_, total);
+    before_ = sum_of_earlier_warps(high_ + low_, own_);
     __shared__ int f;
     if (threadIdx.x == kIndexThreads / 2) f = before_;  // the digits from 1024 on: of chosen pairs
     __syncthreads();
@@ -186,7 +183,7 @@ class ExpertKeys {
   __device__ int f() const { return f_; }  // among the top K of so many tokens
   template <class F>
   __device__ void each(F f) const {  // four keys at a time
-    const auto* keys = reinterpret_cast<const uint4*>(keys_);
+    const auto* keys = reinterpret_cast<const uint4*>(this->keys());
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < pitch_ / 4; i += kIndexThreads) f(keys[i]);
   }
@@ -210,10 +207,11 @@ class ExpertKeys {
   __device__ Rank ranked(int count, bool exact) const {
     int* const histogram = histogram_of_block();
     __shared__ Rank first, found;
-    if (before_ < count && count <= before_ + high_ + low_) {
-      const bool low = count > before_ + high_;
+    if (before_ < count && count <= before_ + own_) {
+      const int before = before_ + warp_inclusive_sum(high_ + low_) - high_ - low_;
+      const bool low = count > before + high_;
       const uint32_t digit = 2 * (kIndexThreads - threadIdx.x) - 1 - low;
-      first = {digit, count - before_ - (low ? high_ : 0), low ? low_ : high_};
+      if (before < count && count <= before + high_ + low_) first = {digit, count - before - (low ? high_ : 0), low ? low_ : high_};
     }
     __syncthreads();
     Rank rank = first;
@@ -225,9 +223,12 @@ class ExpertKeys {
       each_from(rank.key << (shift + 10), 1024u << shift, [&](uint32_t key) { atomicAdd(histogram + (key >> shift & 1023u), 1); });
       __syncthreads();
       const int digit = kIndexThreads - 1 - static_cast<int>(threadIdx.x), own = histogram[digit];
-      int total;
-      const int before = exclusive_sum(own, total);
-      if (before < rank.kept && rank.kept <= before + own) found = {rank.key << 10 | static_cast<uint32_t>(digit), rank.kept - before, own};
+      int of_warp;
+      const int earlier = sum_of_earlier_warps(own, of_warp);
+      if (earlier < rank.kept && rank.kept <= earlier + of_warp) {
+        const int before = earlier + warp_inclusive_sum(own) - own;
+        if (before < rank.kept && rank.kept <= before + own) found = {rank.key << 10 | static_cast<uint32_t>(digit), rank.kept - before, own};
+      }
       __syncthreads();
       rank = found;
     }
@@ -238,7 +239,7 @@ class ExpertKeys {
     __shared__ int token;
     for (int base = 0; count > 0; base += kIndexThreads) {
       const int t = base + static_cast<int>(threadIdx.x);
-      const int equal = t < pitch_ && keys_[t] == key;
+      const int equal = t < pitch_ && keys()[t] == key;
       int total;
       const int before = exclusive_sum(equal, total);
       if (equal && before == count - 1) token = t;
@@ -252,7 +253,7 @@ class ExpertKeys {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, words = pitch_ / 32;
     for (int base = 0, before = 0; base < words; base += kIndexThreads) {
       const int per_warp = (min(words - base, kIndexThreads) + 31) / 32, first = base + warp * per_warp, count = min(words - first, per_warp);
-      const uint32_t* keys = keys_ + first * 32 + lane;
+      const uint32_t* keys = this->keys() + first * 32 + lane;
       uint32_t mask = 0;  // of word first + lane
       const auto collect = [&](auto kept) {
 #pragma unroll 8
@@ -271,6 +272,10 @@ class ExpertKeys {
   }
 
  private:
+  __device__ const uint32_t* keys() const {
+    if constexpr (kShared) return shared_memory;
+    else return keys_;
+  }
   __device__ static int* histogram_of_block() {
     __shared__ int histogram[2 * kIndexThreads];
     return histogram;
@@ -278,7 +283,8 @@ class ExpertKeys {
   int pitch_;
   const uint32_t* keys_;
   int f_;
-  int before_, high_, low_;  // of the thread's two values of the highest 11 bits: how many keys have larger ones, the larger one, the other
+  int before_, own_;  // keys by their highest 11 bits: how many have values of earlier warps, of this one,
+  int high_, low_;    // the larger and the other one of the thread's two values
 };
 
 __global__ void __launch_bounds__(kIndexThreads, 1) count_kernel(const __grid_constant__ Params p) {
@@ -313,7 +319,8 @@ __global__ void balance_kernel(const __grid_constant__ Params p) {
 
 // NrS: sums of the scores of ranks down .. f - 1 and down .. up - 1, added in rank order. high, low: the keys of ranks down - 1 (any, if down is 0)
 // and up - 1.
-__device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, ExpertKeys::Rank low, int down, int up, float& below, float& span) {
+template <class Keys>
+__device__ void score_sums(const Keys& keys, typename Keys::Rank high, typename Keys::Rank low, int down, int up, float& below, float& span) {
   __shared__ uint32_t between[kMaxScoredTile];
   __shared__ float sorted[kMaxScoredTile];
   __shared__ int filled;
@@ -346,16 +353,18 @@ __device__ void score_sums(const ExpertKeys& keys, ExpertKeys::Rank high, Expert
   span = sums[1];
 }
 
-__global__ void __launch_bounds__(kIndexThreads, 2) select_kernel(const __grid_constant__ Params p) {
+template <bool kShared>
+__global__ void __launch_bounds__(kIndexThreads, kShared ? 2 : 1) select_kernel(const __grid_constant__ Params p) {
   cudaGridDependencySynchronize();
+  using Rank = typename ExpertKeys<kShared>::Rank;
   const int e = blockIdx.x;
-  const ExpertKeys keys(p, e);
+  const ExpertKeys<kShared> keys(p, e);
   const int f = keys.f(), over = f % p.tile, down = f - over, up = down + p.tile;
   const bool room = int64_t{down} + p.tile <= p.T;
   int target = f;
-  ExpertKeys::Rank last{~0u, 0, 0};  // of the last kept token
+  Rank last{~0u, 0, 0};  // of the last kept token
   if (p.rounding && over > 0 && p.rule == RoundingRule::NrS && room) {
-    const ExpertKeys::Rank high = down > 0 ? keys.ranked(down, true) : last, low = keys.ranked(up, true);
+    const Rank high = down > 0 ? keys.ranked(down, true) : last, low = keys.ranked(up, true);
     float below, span;
     score_sums(keys, high, low, down, up, below, span);
     const bool pad = rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span);
@@ -558,7 +567,9 @@ void token_round(const TokenRoundArgs& a, Stream stream) {
     launch_kernel(count_kernel, experts, kIndexThreads, 0, stream, p);
     launch_kernel(balance_kernel, 1, 256, 0, stream, p);
   }
-  launch_kernel(select_kernel, experts, kIndexThreads, ExpertKeys::shared_bytes(p.pitch), stream, p);
+  const bool shared = p.pitch <= kMaxSharedKeys;
+  launch_kernel(shared ? select_kernel<true> : select_kernel<false>, experts, kIndexThreads,
+                shared ? sizeof(uint32_t) * static_cast<size_t>(p.pitch) : 0, stream, p);
   const auto words = static_cast<unsigned>(std::max<int64_t>(1, p.pitch / 32));
   launch_kernel(rows_kernel, work_blocks(s.E) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
 }
