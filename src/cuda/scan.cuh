@@ -7,7 +7,9 @@ namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
 // Blocks that write the work lists beside those that write the rows; the list of experts takes E^2 comparisons.
-__host__ __device__ constexpr int work_blocks(int64_t E) { return E <= 512 ? 4 : static_cast<int>(E / 128); }
+__host__ __device__ constexpr int work_blocks(int64_t E, int threads = kIndexThreads) {
+  return (E <= 512 ? 4 : static_cast<int>(E / 128)) * (kIndexThreads / threads);
+}
 
 template <class T>
 __device__ T warp_inclusive_sum(T value) {
@@ -67,30 +69,36 @@ struct ExpertScan {
   // count(e) -> rows of expert e; rows past R_cap are cut off. All threads of the block call it; `count` may read the memory of tiles.
   template <int kThreads = kIndexThreads, class Count>
   __device__ void run(int E, int64_t R_cap, Count count) {
-    constexpr int kOwn = kMaxExperts / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * kOwn, limit = static_cast<int>(R_cap);
-    int number[kOwn];
-    for (int i = 0; i < kOwn; i++) number[i] = first + i < E ? count(first + i) : 0;
-    int own = 0, total;
-    for (int i = 0; i < kOwn; i++) own += number[i];
-    int before = exclusive_sum(own, total);
-    for (int i = 0; i < kOwn; i++) {
+    constexpr int kMaxOwn = kMaxExperts / kThreads;
+    const int owned = (E + kThreads - 1) / kThreads, first = static_cast<int>(threadIdx.x) * owned, limit = static_cast<int>(R_cap);
+    int number[kMaxOwn];
+    const auto each = [&](auto f) {  // f(number of an expert, expert) of those that the thread owns
+#pragma unroll
+      for (int i = 0; i < kMaxOwn; i++) {
+        if (i == owned) break;
+        f(number[i], first + i);
+      }
+    };
+    int sum = 0, total;
+    each([&](int& n, int e) { sum += n = e < E ? count(e) : 0; });
+    int before = exclusive_sum(sum, total);
+    each([&](int& n, int e) {
       const int here = min(before, limit);
-      if (first + i < E) rows[first + i] = here;
-      before += number[i];
-      number[i] = min(number[i], limit - here);
-    }
+      if (e < E) rows[e] = here;
+      before += n;
+      n = min(n, limit - here);
+    });
     const auto tiles_of = [](int n) {  // both sums in one
       const int count = (n + kTileRows - 1) / kTileRows;
       return static_cast<uint64_t>(count % 2 == 0 ? count : 0) << 32 | static_cast<unsigned>(count);
     };
     uint64_t both = 0, all;
-    for (int i = 0; i < kOwn; i++) both += tiles_of(number[i]);
+    each([&](int n, int) { both += tiles_of(n); });
     both = exclusive_sum(both, all);
-    for (int i = 0; i < kOwn; i++) {
-      if (first + i < E) tiles[first + i] = static_cast<int>(both), even[first + i] = static_cast<int>(both >> 32);
-      both += tiles_of(number[i]);
-    }
+    each([&](int n, int e) {
+      if (e < E) tiles[e] = static_cast<int>(both), even[e] = static_cast<int>(both >> 32);
+      both += tiles_of(n);
+    });
     if (threadIdx.x == 0) rows[E] = min(total, limit), tiles[E] = static_cast<int>(all), even[E] = static_cast<int>(all >> 32);
     __syncthreads();
   }

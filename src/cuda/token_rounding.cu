@@ -416,7 +416,7 @@ struct RowsMemory {
 
 __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_constant__ Params p) {
   cudaGridDependencySynchronize();
-  const int lists = work_blocks(p.E);
+  const int lists = work_blocks(p.E, kRowsThreads);
   if (static_cast<int>(blockIdx.x) < lists) {
     ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
     scan.run<kRowsThreads>(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
@@ -571,7 +571,7 @@ void token_round(const TokenRoundArgs& a, Stream stream) {
   launch_kernel(shared ? select_kernel<true> : select_kernel<false>, experts, kIndexThreads,
                 shared ? sizeof(uint32_t) * static_cast<size_t>(p.pitch) : 0, stream, p);
   const auto words = static_cast<unsigned>(std::max<int64_t>(1, p.pitch / 32));
-  launch_kernel(rows_kernel, work_blocks(s.E) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
+  launch_kernel(rows_kernel, work_blocks(s.E, kRowsThreads) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
 }
 
 }  // namespace machmoe::cuda
