@@ -7,9 +7,7 @@ namespace machmoe::cuda {
 
 constexpr int kIndexThreads = 1024;
 // Blocks that write the work lists beside those that write the rows; the list of experts takes E^2 comparisons.
-__host__ __device__ constexpr int work_blocks(int64_t E, int threads = kIndexThreads) {
-  return (E <= 512 ? 4 : static_cast<int>(E / 128)) * (kIndexThreads / threads);
-}
+__host__ __device__ constexpr int work_blocks(int64_t E) { return E <= 512 ? 4 : static_cast<int>(E / 128); }
 
 template <class T>
 __device__ T warp_inclusive_sum(T value) {

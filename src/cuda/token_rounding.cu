@@ -384,6 +384,11 @@ __global__ void __launch_bounds__(kIndexThreads, kShared ? 2 : 1) select_kernel(
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------------
 constexpr int kRowsThreads = 256;  // of 32 tokens
+// Blocks beside those of the tokens, for the work lists and the expert of each row: so many that they are done before the others.
+__host__ __device__ constexpr int list_blocks(int64_t E, int64_t R_cap) {
+  const auto for_rows = static_cast<int>(R_cap / 4096 < 128 ? R_cap / 4096 : 128), for_lists = work_blocks(E) * kIndexThreads / kRowsThreads;
+  return for_rows > for_lists ? for_rows : for_lists;
+}
 
 // A 32 x 32 matrix of bits over its diagonal, a row in each lane.
 __device__ inline uint32_t transposed(uint32_t row, int lane) {
@@ -414,13 +419,28 @@ struct RowsMemory {
   }
 };
 
+// The expert of each row: a warp takes 256 rows in a row, 32 at a time.
+__device__ inline void write_experts(const ExpertScan& scan, int E, int block, int blocks, int* expert) {
+  constexpr int kRun = 256, kWarps = kRowsThreads / 32;
+  const int lane = threadIdx.x % 32, warp = block * kWarps + threadIdx.x / 32;
+  for (int64_t base = int64_t{warp} * kRun; base < scan.rows[E]; base += int64_t{blocks} * kWarps * kRun) {
+    int64_t row = base + lane;
+    int e = expert_of(scan.rows, E, static_cast<int>(row));
+    for (const int64_t end = min(base + kRun, int64_t{scan.rows[E]}); row < end; row += 32) {
+      while (row >= scan.rows[e + 1]) e++;
+      expert[row] = e;
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_constant__ Params p) {
   cudaGridDependencySynchronize();
-  const int lists = work_blocks(p.E, kRowsThreads);
+  const int lists = list_blocks(p.E, p.R_cap);
   if (static_cast<int>(blockIdx.x) < lists) {
     ExpertScan scan(reinterpret_cast<int*>(shared_memory), p.E);
     scan.run<kRowsThreads>(p.E, p.R_cap, [&](int i) { return p.out.counts[i]; });
     write_work<kRowsThreads>(scan, p.E, blockIdx.x, lists, nullptr, p.out.offsets, p.work);
+    write_experts(scan, p.E, static_cast<int>(blockIdx.x), lists, p.out.expert);
     return;
   }
   const int block = static_cast<int>(blockIdx.x) - lists, token_words = static_cast<int>(p.pitch / 32);
@@ -488,7 +508,6 @@ __global__ void __launch_bounds__(kRowsThreads, 5) rows_kernel(const __grid_cons
     if (sum > 0.f) value /= sum;
     p.out.inverse[first_slot + slot] = row;
     p.out.token[row] = t;
-    p.out.expert[row] = e;
     score[row] = value;
   }
 
@@ -571,7 +590,7 @@ void token_round(const TokenRoundArgs& a, Stream stream) {
   launch_kernel(shared ? select_kernel<true> : select_kernel<false>, experts, kIndexThreads,
                 shared ? sizeof(uint32_t) * static_cast<size_t>(p.pitch) : 0, stream, p);
   const auto words = static_cast<unsigned>(std::max<int64_t>(1, p.pitch / 32));
-  launch_kernel(rows_kernel, work_blocks(s.E, kRowsThreads) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
+  launch_kernel(rows_kernel, list_blocks(s.E, s.R_cap) + words, kRowsThreads, RowsMemory::bytes(s.E), stream, p);
 }
 
 }  // namespace machmoe::cuda
