@@ -1,7 +1,7 @@
 // Token rounding (arXiv 2512.14080, section 5, Algorithm 4) without a sort: every expert finds the key of its last kept token digit by digit.
 //   mark    top-K of each token; keys of all pairs, transposed to [E][T]
 //   select  f, target and threshold of each expert, which tokens it keeps             (Balance-f: targets by two small kernels before)
-//   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets and the work lists
+//   rows    by token: its rows and slots, which follow from how many earlier tokens every expert keeps; offsets, work lists and experts of rows
 // A key is the bits of a score in [0, 1], plus one, below a bit that says whether the pair is among the token's top K: larger keys rank first, and of
 // equal ones the lower token. 0: no token.
 #include <algorithm>
