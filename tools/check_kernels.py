@@ -1,10 +1,10 @@
-"""Checks that kernels keep the contract of launch_kernel in src/cuda/launch.h: each waits for the one before it, first thing in all its threads."""
+"""The contract of launch_kernel in src/cuda/launch.h, as far as text tells: all threads of a kernel wait for the one before, then may return."""
 
 import pathlib
 import re
 import sys
 
-WAIT = "cudaGridDependencySynchronize();"
+WAIT = re.compile(r"^  cudaGridDependencySynchronize\(\);", re.MULTILINE)  # a statement of its own, not inside another
 
 
 def violations(path: pathlib.Path) -> tuple[int, list[str]]:
@@ -13,9 +13,9 @@ def violations(path: pathlib.Path) -> tuple[int, list[str]]:
     for match in re.finditer(r"^__global__[^{;]*?(\w+)\([^()]*\) \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
         kernels += 1
         name, body = match.groups()
-        before, wait, _ = body.partition(WAIT)
-        if not wait or "return" in before:
-            found.append(f"{path}: {name} does not call {WAIT[:-1]} before it may return")
+        wait = WAIT.search(body)
+        if not wait or "return" in body[: wait.start()]:
+            found.append(f"{path}: {name} does not call cudaGridDependencySynchronize() in all threads before one may return")
     if kernels != len(re.findall(r"^(?:template <.*>\n)?__global__", text, re.MULTILINE)):
         found.append(f"{path}: a kernel that this check cannot read")
     if "<<<" in text:

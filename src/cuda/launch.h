@@ -25,11 +25,12 @@ void allow_shared_memory(const void* kernel, size_t bytes);
 
 // The kernel starts while the last one of the stream ends, a microsecond earlier than one that waits in the queue (CUDA C++ Programming Guide,
 // "Programmatic Dependent Launch"). So all threads of every kernel call cudaGridDependencySynchronize() before they touch global memory: what earlier
-// kernels wrote is there then, and what they read may be overwritten. No kernel lets the next one start before its own blocks are done.
+// kernels wrote is there then, and what they read may be overwritten. No kernel lets the next one start before its own blocks are done. Cooperative
+// launches wait in the queue.
 template <class... Params>
 void launch_kernel(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t smem, Stream stream,
                    const std::type_identity_t<Params>&... params) {
-  constexpr size_t kUsualShared = 16 * 1024;  // beside static shared memory, below 48 KB with it
+  constexpr size_t kUsualShared = 16 * 1024;  // beside at most 32 KB of static shared memory
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (smem > kUsualShared) allow_shared_memory(function, smem);
   cudaLaunchAttribute early{};

@@ -18,7 +18,7 @@ __device__ T warp_inclusive_sum(T value) {
   }
   return value;
 }
-// The sum over the warp; of 64-bit values, which carry two sums of 31 bits, the one and the other.
+// The sum over the warp. A 64-bit value holds two sums below 2^31, in its halves: nothing is carried from one to the other.
 template <class T>
 __device__ T warp_total(T value) {
   if constexpr (sizeof(T) == 4) return __reduce_add_sync(~0u, value);
@@ -26,7 +26,7 @@ __device__ T warp_total(T value) {
     return static_cast<T>(uint64_t{__reduce_add_sync(~0u, static_cast<unsigned>(value >> 32))} << 32 |
                           __reduce_add_sync(~0u, static_cast<unsigned>(value)));
 }
-// The sum over the threads of the block before this one. All threads of the block call it.
+// The sum over the threads of the block before this one, of 64-bit values as above. All threads of the block call it.
 template <class T>
 __device__ T exclusive_sum(T value, T& total) {
   __shared__ T parts[32];
