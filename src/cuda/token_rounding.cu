@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(kIndexThreads, kShared ? 2 : 1) select_kernel(
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------------
 constexpr int kRowsThreads = 256;  // of 32 tokens
-// Blocks beside those of the tokens, for the work lists and the expert of each row: so many that they are done before the others.
+// Blocks beside those of the tokens, for the work lists and the expert of each row: more for more of them, lest they be the last to end.
 __host__ __device__ constexpr int list_blocks(int64_t E, int64_t R_cap) {
   const auto for_rows = static_cast<int>(R_cap / 4096 < 128 ? R_cap / 4096 : 128), for_lists = work_blocks(E) * kIndexThreads / kRowsThreads;
   return for_rows > for_lists ? for_rows : for_lists;
