@@ -148,6 +148,16 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
 // ---- select --------------------------------------------------------------------------------------------------------------------
 constexpr int64_t kMaxSharedKeys = 48 * 1024;
 
+// The rows that an expert keeps which is among the top K of f tokens; -1: the sums of scores decide (NrS).
+__device__ inline int target_of(const Params& p, int e, int f) {
+  const int over = f % p.tile, down = f - over;
+  if (!p.rounding || over == 0) return f;
+  if (p.rule == RoundingRule::BalanceF) return p.out.counts[e];
+  if (int64_t{down} + p.tile > p.T) return down;
+  if (p.rule == RoundingRule::NrS) return -1;
+  return rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), 0.f, 0.f) ? down + p.tile : down;
+}
+
 // The keys of one expert, in shared memory or where mark left them.
 template <bool kShared>
 class ExpertKeys {
@@ -175,12 +185,13 @@ class ExpertKeys {
     const int digit = 2 * kIndexThreads - 1 - 2 * static_cast<int>(threadIdx.x);
     high_ = histogram[digit], low_ = histogram[digit - 1];
     before_ = sum_of_earlier_warps(high_ + low_, own_);
-    __shared__ int f;
-    if (threadIdx.x == kIndexThreads / 2) f = before_;  // the digits from 1024 on: of chosen pairs
+    __shared__ int f, target;
+    if (threadIdx.x == kIndexThreads / 2) f = before_, target = target_of(p, e, before_);  // the digits from 1024 on: of chosen pairs
     __syncthreads();
-    f_ = f;
+    f_ = f, target_ = target;
   }
   __device__ int f() const { return f_; }  // among the top K of so many tokens
+  __device__ int target() const { return target_; }
   template <class F>
   __device__ void each(F f) const {  // four keys at a time
     const auto* keys = reinterpret_cast<const uint4*>(this->keys());
@@ -282,7 +293,7 @@ class ExpertKeys {
   }
   int pitch_;
   const uint32_t* keys_;
-  int f_;
+  int f_, target_;
   int before_, own_;  // keys by their highest 11 bits: how many have values of earlier warps, of this one,
   int high_, low_;    // the larger and the other one of the thread's two values
 };
@@ -359,23 +370,18 @@ __global__ void __launch_bounds__(kIndexThreads, kShared ? 2 : 1) select_kernel(
   using Rank = typename ExpertKeys<kShared>::Rank;
   const int e = blockIdx.x;
   const ExpertKeys<kShared> keys(p, e);
-  const int f = keys.f(), over = f % p.tile, down = f - over, up = down + p.tile;
-  const bool room = int64_t{down} + p.tile <= p.T;
-  int target = f;
+  int target = keys.target();
   Rank last{~0u, 0, 0};  // of the last kept token
-  if (p.rounding && over > 0 && p.rule == RoundingRule::NrS && room) {
+  if (target < 0) {
+    const int f = keys.f(), down = f - f % p.tile, up = down + p.tile;
     const Rank high = down > 0 ? keys.ranked(down, true) : last, low = keys.ranked(up, true);
     float below, span;
     score_sums(keys, high, low, down, up, below, span);
     const bool pad = rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), below, span);
     target = pad ? up : down;
     last = pad ? low : high;
-  } else {
-    if (p.rounding && over > 0) {
-      if (p.rule == RoundingRule::BalanceF) target = p.out.counts[e];
-      else target = room && rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), 0.f, 0.f) ? up : down;
-    }
-    if (target > 0) last = keys.ranked(target, false);
+  } else if (target > 0) {
+    last = keys.ranked(target, false);
   }
   const int last_token = last.kept < last.same ? keys.token_of(last.key, last.kept) : INT_MAX;
   keys.write_members(last.key, last_token, p.members + e * (p.pitch / 32));
