@@ -2,7 +2,7 @@
 //   P_e = G_e^T C_e,  G = rows of X or dO gathered by token [T, d],  C = contiguous rows of dH or A' [R_cap, planes, n]
 // A tile is 128 gathered columns (the M side of wgmma) x 4 or 3 panels of 64 contiguous columns (the N side); panels are numbered through the planes.
 // Two CTAs of a cluster take neighbouring gathered columns of the same panels and multicast half of them each.
-//   warpgroup 0      gathers G by cp.async (index clamped to the expert's last row) and loads C by ragged TMA (rows past the end are zero)
+//   warpgroup 0      gathers G by cp.async and loads C by ragged TMA; rows past the expert's end are zero
 //   warpgroups 1, 2  64 x 256 accumulators each, then a plain (dW2) or a transposed (dW1) store, beside the next tile's first blocks
 #pragma once
 #include <algorithm>
@@ -198,7 +198,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kGemmThreads, 1) var
         for (int i = 0; i < 4; i++)
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (inside[j]) cp_async16(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128);
+            if (inside[j])
+              cp_async16_zfill(dst0 + slot.stage * R::kABytes + j * kPanelBytes + i * 2048, src[i] + j * 128, tid / 8 + 16 * i < v ? 16 : 0);
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         // The tensor copies come last and from two warps: their rows are mostly in L2, the gathered ones mostly not.
         if (tid == 0) {

@@ -6,9 +6,6 @@
 namespace machmoe::cuda::hopper {
 
 // ---- cp.async ---------------------------------------------------------------------------------------------------------------
-DEV void cp_async16(uint32_t dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
-}
 // bytes = 16 copies; bytes = 0 writes 16 zero bytes and does not read src.
 DEV void cp_async16_zfill(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
