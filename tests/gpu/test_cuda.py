@@ -263,6 +263,33 @@ def test_an_event_of_another_stream_is_waited_for():
     assert torch.equal(machmoe.experts(x, v["w1"], v["w2"], ids, v["weights"]), expected)
 
 
+@torch.no_grad()
+def test_streams_part_and_join_in_a_cuda_graph():
+    v = on_gpu(leaves(512, 128, 64, 8, 2))
+    first, second = (torch.rand(512, 8).topk(2).indices.to(CUDA) for _ in range(2))
+    side = torch.cuda.Stream()
+
+    def step():
+        x, main = v["x"] * 2, torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            one = machmoe.experts(x, v["w1"], v["w2"], first, v["weights"])
+        other = machmoe.experts(x, v["w1"], v["w2"], second, v["weights"])
+        main.wait_stream(side)
+        return machmoe.experts(one + other, v["w1"], v["w2"], first, v["weights"])
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(10):
+        v["x"].normal_()
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, step())
+
+
 @pytest.mark.parametrize("routing", ["topk", "token-rounding"])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compile_in_one_graph(routing, dynamic):
