@@ -135,6 +135,19 @@ def test_every_routing_pattern_can_be_timed(pattern, tmp_path):
     assert record["rows"] == 512 or pattern == "rounded"
 
 
+def test_steady_timing_and_the_nearest_whole_tiles(tmp_path, capsys):
+    words = ["--thiek", "256,32,16,4,3", "--budget-ms", "1", "--routing", "aligned,rounded", "--contestants", "machmoe", "--steady"]
+    assert main(["bench", *words, "--out", str(tmp_path)]) == 0
+    assert "aligned, K 2" in capsys.readouterr().out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["steady"]
+    for record in result["results"]:
+        assert record["rows"] % 128 == 0 and record["forward"]["reps"] >= 5 <= record["backward"]["reps"]
+    assert [Shape("s", 16384, 8, 8, 512, k).aligned().K for k in (1, 4, 10, 11)] == [4, 4, 8, 12]
+    assert main(["bench", "--thiek", "100,32,16,4,2", "--routing", "aligned"]) == 2
+    assert "take another T" in capsys.readouterr().err
+
+
 def test_rounded_routing_needs_machmoe(capsys):
     assert main(["bench", "--thiek", "256,32,16,4,2", "--routing", "rounded", "--contestants", "dense bmm,grouped_mm"]) == 2
     assert "add machmoe" in capsys.readouterr().err

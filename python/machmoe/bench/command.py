@@ -11,7 +11,7 @@ from ..train.checkpoint import write_atomically
 from .plot import plot
 from .shapes import H200_SHAPES, SHAPES, floor_ms, parse
 
-PATTERNS = ("random", "balanced", "skewed", "rounded")
+PATTERNS = ("random", "balanced", "aligned", "skewed", "rounded")
 NAMES = ("machmoe", "dense bmm", "grouped_mm", "grouped_mm+compile", "sonic-moe")
 SCHEMA = 1
 
@@ -26,12 +26,14 @@ def add_arguments(parser):
         "--routing",
         default="random",
         metavar="A,B",
-        help=f"of {', '.join(PATTERNS)} (default: random); several take turns. skewed: p_e ~ 1 / the place of e in a random order; "
+        help=f"of {', '.join(PATTERNS)} (default: random); several take turns. aligned: balanced at the nearest K that gives every "
+        "expert whole tiles; skewed: p_e ~ 1 / the place of e in a random order; "
         "rounded: token rounding, machmoe only",
     )
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
     parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
+    parser.add_argument("--steady", action="store_true", help="without a pause and with a warm cache, as in training")
     parser.add_argument("--host-calls", type=int, default=1000, help="calls over which the host's time is averaged, 2 s at most; CUDA only")
     parser.add_argument("--out", type=Path, help="folder for bench.json and the figures (default: print only)")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the figures of an earlier bench.json beside it")
@@ -70,9 +72,9 @@ def choose_contestants(arguments, on_cuda):
 def measure_shape(shape, patterns, names, arguments, device, dtype):
     """A record for each contestant and routing; one that fails is reported with its error and does not stop the others."""
     from .contestants import CONTESTANTS, Problem
-    from .measure import host_cost, memory, time_all
+    from .measure import host_cost, memory, time_all, time_steady
 
-    sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E, "K": shape.K}
+    sizes = {"shape": shape.name, "T": shape.T, "d": shape.d, "n": shape.n, "E": shape.E}
     problem, contestants, records = None, {}, {}
 
     def labelled(name, pattern):
@@ -82,14 +84,15 @@ def measure_shape(shape, patterns, names, arguments, device, dtype):
         problem = Problem(shape, pattern, dtype, device, like=problem)
         for name in (name for name in names if pattern != "rounded" or name == "machmoe"):
             label = labelled(name, pattern)
-            records[label] = sizes | {"contestant": label, "routing": pattern}
+            records[label] = sizes | {"K": problem.shape.K, "contestant": label, "routing": pattern}
             try:
                 contestant = CONTESTANTS[name](problem)
                 contestant.backward(contestant.forward())
                 contestants[label] = contestant
             except Exception as error:  # noqa: BLE001  a rival that does not run here
                 records[label]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    times = time_all(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
+    measure = time_steady if arguments.steady else time_all
+    times = measure(contestants, device, arguments.budget_ms, arguments.soak_ms) if contestants else {}
     scale = 1e-9 if device.type == "cuda" else 1e-6  # FLOP/ms -> TFLOP/s, GFLOP/s
     for name, contestant in contestants.items():
         record = records[name] | {"rows": contestant.rows, **times[name]}
@@ -99,7 +102,8 @@ def measure_shape(shape, patterns, names, arguments, device, dtype):
             if kind in record:
                 record[kind]["throughput"] = factor * flops / record[kind]["median_ms"] * scale
         if device.type == "cuda":
-            floor = {"forward": floor_ms(shape, False), "backward": floor_ms(shape, True)}
+            at = contestant.problem.shape
+            floor = {"forward": floor_ms(at, False), "backward": floor_ms(at, True)}
             for kind, ms in (floor | {"total": sum(floor.values())}).items():
                 record[kind]["floor_share"] = ms / record[kind]["median_ms"]
         records[name] = record | memory(contestant, device) | host_cost(contestant, device, arguments.host_calls)
@@ -110,9 +114,9 @@ def measure_shape(shape, patterns, names, arguments, device, dtype):
     return list(records.values())
 
 
-def show(records, unit, on_cuda):
-    first = records[0]
-    table = need("rich.table").Table(title="{shape}: T {T}, d {d}, n {n}, E {E}, K {K}".format(**first), title_justify="left")
+def show(shape, records, unit, on_cuda):
+    title = f"{shape.name}: T {shape.T}, d {shape.d}, n {shape.n}, E {shape.E}, K {shape.K}"
+    table = need("rich.table").Table(title=title, title_justify="left")
     columns = [
         "",
         "forward ms\nmin / median",
@@ -139,7 +143,7 @@ def show(records, unit, on_cuda):
 
     for r in (r for r in records if "error" not in r):
         row = [
-            r["contestant"],
+            r["contestant"] + (f", K {r['K']}" if r["K"] != shape.K else ""),
             pair(r["forward"]),
             pair(r["backward"]),
             f"{r['forward']['throughput']:.0f}",
@@ -192,6 +196,7 @@ def run(arguments):
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "routing": arguments.routing,
+        "steady": arguments.steady,
         "unit": unit,
         "results": [],
     }
@@ -200,7 +205,7 @@ def run(arguments):
     for shape in shapes:
         records = measure_shape(shape, patterns, names, arguments, device, dtype)
         result["results"] += records
-        show(records, unit, on_cuda)
+        show(shape, records, unit, on_cuda)
         failed |= any("error" in record for record in records if record["contestant"].startswith("machmoe"))
         gc.collect()
         if on_cuda:

@@ -9,13 +9,13 @@ from ..torch_layer import grouped_experts, topk_route
 
 
 class Problem:
-    """Random data of unit variance and one routing. Patterns: random top-K, balanced (random tokens), skewed (p_e ~ 1 / the place of e in a random
-    order), rounded (token rounding).
+    """Random data of unit variance and one routing. Patterns: random top-K, balanced (random tokens), aligned (balanced at the nearest K that gives
+    whole tiles), skewed (p_e ~ 1 / the place of e in a random order), rounded (token rounding).
     like: another problem of the shape, whose data it shares."""
 
     def __init__(self, shape, pattern, dtype, device, seed=0, like=None):
-        self.shape, self.pattern = shape, pattern
-        T, d, n, E, K = shape.T, shape.d, shape.n, shape.E, shape.K
+        self.shape, self.pattern = shape.aligned() if pattern == "aligned" else shape, pattern
+        T, d, n, E, K = shape.T, shape.d, shape.n, shape.E, self.shape.K
         generator = torch.Generator(device=device).manual_seed(seed)
 
         def normal(*sizes, scale=1.0):
@@ -33,7 +33,7 @@ class Problem:
             place = 1 + torch.randperm(E, device=device, generator=generator)
             logits = -place.float().log() - (-uniform.log()).log()
         self.scores = logits.softmax(-1)
-        if pattern == "balanced":
+        if pattern in ("balanced", "aligned"):
             order, tokens = (torch.randperm(size, device=device, generator=generator) for size in (E, T))
             ids = order[(tokens.unsqueeze(1) * K + torch.arange(K, device=device)) % E]
             self.weights = self.scores.gather(1, ids)
@@ -41,7 +41,7 @@ class Problem:
             self.weights, ids = self.scores.topk(K)
         self.weights /= self.weights.sum(-1, keepdim=True)
         self.ids = ids.int()
-        self.rows = shape.rows
+        self.rows = self.shape.rows
 
 
 class Contestant:

@@ -83,6 +83,10 @@ def timed(clock, prepare, work, hold_ms):
     return start, end
 
 
+def summary(values):
+    return {"min_ms": min(values), "median_ms": statistics.median(values), "reps": len(values)}
+
+
 def time_all(contestants, device, budget_ms, soak_ms):
     """{contestant: {pass: {min_ms, median_ms, reps}}}."""
     clock = (CudaClock if device.type == "cuda" else HostClock)(device)
@@ -111,8 +115,41 @@ def time_all(contestants, device, budget_ms, soak_ms):
         rounds += 1
     out = {name: {} for name in contestants}
     for (name, kind), values in samples.items():
-        out[name][kind] = {"min_ms": min(values), "median_ms": statistics.median(values), "reps": len(values)}
+        out[name][kind] = summary(values)
     return out
+
+
+def time_steady(contestants, device, budget_ms, soak_ms):
+    """The same without a pause and with a warm cache, as in training: a forward and a backward of one, then of the next, in random order."""
+    on_cuda = device.type == "cuda"
+    clock = (CudaClock if on_cuda else HostClock)(device)
+    shuffled = random.Random(0)
+
+    def rounds():
+        marks = []
+        clock.hold(2)
+        for _ in range(20 if on_cuda else 1):
+            for name in shuffled.sample(list(contestants), len(contestants)):
+                start = clock.mark()
+                o = contestants[name].forward()
+                middle = clock.mark()
+                gradients = contestants[name].backward(o)
+                marks.append((name, start, middle, clock.mark()))
+                del o, gradients
+        clock.wait()
+        return marks
+
+    soak_until = time.perf_counter() + (soak_ms / 1e3 if on_cuda else 0.0)
+    rounds()
+    while time.perf_counter() < soak_until:
+        rounds()
+    samples = {name: {"forward": [], "backward": []} for name in contestants}
+    until = time.perf_counter() + 2e-3 * budget_ms * len(contestants)
+    while min(len(kinds["forward"]) for kinds in samples.values()) < 5 or time.perf_counter() < until:
+        for name, start, middle, end in rounds():
+            samples[name]["forward"].append(clock.ms(start, middle))
+            samples[name]["backward"].append(clock.ms(middle, end))
+    return {name: {kind: summary(values) for kind, values in kinds.items()} for name, kinds in samples.items()}
 
 
 def memory(contestant, device):

@@ -1,7 +1,7 @@
 """Shapes that are measured, their arithmetic, and the floor of the hardware."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import UserError
 
@@ -22,6 +22,13 @@ class Shape:
     def flops(self, rows=None):
         """Of the forward; the backward has twice as many. Padding and recomputation do not count."""
         return 6 * (rows or self.rows) * self.n * self.d
+
+    def aligned(self, tile=128):
+        """The shape at the nearest K, the lower one of two, that gives every expert of balanced routing whole tiles."""
+        whole = [k for k in range(1, self.E + 1) if self.T * k % (self.E * tile) == 0]
+        if not whole:
+            raise UserError(f"no K gives each of {self.E} experts whole tiles of {tile} of {self.T} tokens: take another T")
+        return replace(self, K=min(whole, key=lambda k: abs(k - self.K)))
 
 
 def _shape(name, *sizes):
