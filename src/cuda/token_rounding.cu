@@ -148,13 +148,13 @@ __global__ void __launch_bounds__(32 * kMarkWarps, kPerLane > 8 || kPerLane == 0
 // ---- select --------------------------------------------------------------------------------------------------------------------
 constexpr int64_t kMaxSharedKeys = 48 * 1024;
 
-// The rows that an expert keeps which is among the top K of f tokens; -1: the sums of scores decide (NrS).
+// The rows that an expert keeps which is among the top K of f tokens; ~down where the sums of scores decide (NrS).
 __device__ inline int target_of(const Params& p, int e, int f) {
   const int over = f % p.tile, down = f - over;
   if (!p.rounding || over == 0) return f;
   if (p.rule == RoundingRule::BalanceF) return p.out.counts[e];
   if (int64_t{down} + p.tile > p.T) return down;
-  if (p.rule == RoundingRule::NrS) return -1;
+  if (p.rule == RoundingRule::NrS) return ~down;
   return rounds_up(p.rule, f, p.tile, p.seed, static_cast<uint32_t>(e), 0.f, 0.f) ? down + p.tile : down;
 }
 
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kIndexThreads, kShared ? 2 : 1) select_kernel(
   int target = keys.target();
   Rank last{~0u, 0, 0};  // of the last kept token
   if (target < 0) {
-    const int f = keys.f(), down = f - f % p.tile, up = down + p.tile;
+    const int f = keys.f(), down = ~target, up = down + p.tile;
     const Rank high = down > 0 ? keys.ranked(down, true) : last, low = keys.ranked(up, true);
     float below, span;
     score_sums(keys, high, low, down, up, below, span);
