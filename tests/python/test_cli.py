@@ -135,16 +135,22 @@ def test_every_routing_pattern_can_be_timed(pattern, tmp_path):
     assert record["rows"] == 512 or pattern == "rounded"
 
 
-def test_steady_timing_and_the_nearest_whole_tiles(tmp_path, capsys):
-    words = ["--thiek", "256,32,16,4,3", "--budget-ms", "1", "--routing", "aligned,rounded", "--contestants", "machmoe", "--steady"]
+def test_steady_timing_has_both_passes_and_no_layer(tmp_path):
+    words = ["--thiek", "256,32,16,4,3", "--budget-ms", "1", "--contestants", "machmoe,grouped_mm", "--steady"]
+    assert main(["bench", *words, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["steady"] and len(result["results"]) == 2
+    for record in result["results"]:
+        assert record["forward"]["reps"] >= 5 <= record["backward"]["reps"] and "layer" not in record
+
+
+def test_aligned_routing_takes_the_nearest_number_of_experts_with_whole_tiles(tmp_path, capsys):
+    words = ["--thiek", "256,32,16,4,3", "--budget-ms", "1", "--routing", "aligned,rounded", "--contestants", "machmoe"]
     assert main(["bench", *words, "--out", str(tmp_path)]) == 0
     assert "aligned, K 2" in capsys.readouterr().out
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["steady"]
-    for record in result["results"]:
-        assert record["rows"] % 128 == 0 and record["forward"]["reps"] >= 5 <= record["backward"]["reps"]
+    assert [record["rows"] % 128 for record in json.loads((tmp_path / "bench.json").read_text())["results"]] == [0, 0]
     assert [Shape("s", 16384, 8, 8, 512, k).aligned().K for k in (1, 4, 10, 11)] == [4, 4, 8, 12]
-    assert main(["bench", "--thiek", "100,32,16,4,2", "--routing", "aligned"]) == 2
+    assert main(["bench", "--thiek", "256,32,16,4,2", "--thiek", "100,32,16,4,2", "--routing", "random,aligned"]) == 2
     assert "take another T" in capsys.readouterr().err
 
 

@@ -33,7 +33,9 @@ def add_arguments(parser):
     parser.add_argument("--contestants", metavar="A,B", help=f"of {', '.join(NAMES)} (default: those that can run here)")
     parser.add_argument("--budget-ms", type=float, default=300, help="time spent on each measurement")
     parser.add_argument("--soak-ms", type=float, default=300, help="untimed work before the measurements of a shape, CUDA only")
-    parser.add_argument("--steady", action="store_true", help="without a pause and with a warm cache, as in training")
+    parser.add_argument(
+        "--steady", action="store_true", help="forwards and backwards without a pause, with a warm cache, as in training; no whole layer"
+    )
     parser.add_argument("--host-calls", type=int, default=1000, help="calls over which the host's time is averaged, 2 s at most; CUDA only")
     parser.add_argument("--out", type=Path, help="folder for bench.json and the figures (default: print only)")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the figures of an earlier bench.json beside it")
@@ -188,6 +190,9 @@ def run(arguments):
     dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
     shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
     patterns = choose_patterns(arguments, names)
+    if "aligned" in patterns:
+        for shape in shapes:
+            shape.aligned()  # refuses before anything is measured
     unit = "TFLOP/s" if on_cuda else "GFLOP/s"
     result = {
         "schema": SCHEMA,
@@ -200,7 +205,8 @@ def run(arguments):
         "unit": unit,
         "results": [],
     }
-    print(f"{result['machine']['devices'].get('cuda:0' if on_cuda else 'cpu')}, {result['dtype']}, {arguments.routing} routing")
+    machine, steady = result["machine"]["devices"].get("cuda:0" if on_cuda else "cpu"), ", steady" if arguments.steady else ""
+    print(f"{machine}, {result['dtype']}, {arguments.routing} routing{steady}")
     failed = False
     for shape in shapes:
         records = measure_shape(shape, patterns, names, arguments, device, dtype)
