@@ -59,18 +59,6 @@ def layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, lim
     if w1_up is not None and not gated:
         raise ValueError(f"w1 is a pair, expected one tensor [E, n, d]: {activation} has no gate")
     rows = 2 * n if gated and w1_up is None else n
-    for tensor, name in ((w1, "w1"), (w1_up, "w1[1]")):
-        if tensor is not None and tensor.shape != (num_experts, rows, d):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, expected [{num_experts}, {rows}, {d}] beside w2 of {tuple(w2.shape)} and {activation}"
-            )
-    if x.shape[1] != d:
-        raise ValueError(f"x is {tuple(x.shape)}, expected [T, d] with d = {d} as in w2")
-    for tensor, name, width in ((b1, "b1", rows), (b1_up, "b1[1]", rows), (b2, "b2", d)):
-        if tensor is not None and tensor.shape != (num_experts, width):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected [{num_experts}, {width}]")
-    if addend is not None and addend.shape != x.shape:
-        raise ValueError(f"addend is {tuple(addend.shape)}, expected the shape of x, {tuple(x.shape)}")
     tensors = [x, w1, w1_up, w2, b1, b1_up, b2, addend]
     dtype, device = x.dtype, x.device
     kind = device.type
@@ -81,8 +69,15 @@ def layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, lim
     if known and dtype not in known:
         fix = f"cast x and the weights, or use torch.autocast({kind!r}, torch.bfloat16)"
         raise ValueError(f"x is {dtype} on {kind}, expected {' or '.join(map(str, known))}: {fix}")
-    for tensor, name in zip(tensors, NAMES, strict=True):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+    x_shape, w1_shape, b1_shape = (x.shape[0], d), (num_experts, rows, d), (num_experts, rows)
+    shapes = (x_shape, w1_shape, w1_shape, w2.shape, b1_shape, b1_shape, (num_experts, d), x_shape)
+    for tensor, shape, name in zip(tensors, shapes, NAMES, strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            beside = f"beside w2 [E, d, n] = {list(w2.shape)} and {activation}"
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {list(shape)} {beside}")
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} as x: cast it, or use autocast")
     if limit is None:
         limit = 7.0 if activation == "swiglu_oai" else 0.0

@@ -452,7 +452,7 @@ def test_autocast_casts_outside_and_keeps_gradient_dtypes():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"x": torch.randn(T, 12)}, r"x is \(61, 12\), expected \[T, d\] with d = 40"),
+        ({"x": torch.randn(T, 12)}, r"x is \(61, 12\), expected \[61, 40\] beside w2"),
         ({"w1": torch.randn(E, N, D)}, r"w1 is \(6, 24, 40\), expected \[6, 48, 40\]"),
         ({"w2": torch.randn(E, D, N).bfloat16()}, r"w2 is torch.bfloat16 on cpu, expected torch.float32"),
         ({"w1": torch.randn(E, D, 2 * N).transpose(1, 2)}, r"w1 has stride 48 in its last dimension"),
