@@ -77,11 +77,15 @@ struct ExpertScan {
         f(number[i], first + i);
       }
     };
-    int sum = 0, total;
+    // Counts that come from outside may add up to more than 2^31; what lies past the limit does not matter. A sum goes in two parts, of 15 and 16 bits.
+    int64_t sum = 0;
     each([&](int& n, int e) { sum += n = e < E ? count(e) : 0; });
-    int before = exclusive_sum(sum, total);
+    const auto whole = [](uint64_t parts) { return static_cast<int64_t>(parts >> 32 << 16) + static_cast<uint32_t>(parts); };
+    const auto own = static_cast<uint64_t>(min(sum, static_cast<int64_t>(limit)));
+    uint64_t total;
+    int64_t before = whole(exclusive_sum(own >> 16 << 32 | (own & 0xffff), total));
     each([&](int& n, int e) {
-      const int here = min(before, limit);
+      const int here = static_cast<int>(min(before, static_cast<int64_t>(limit)));
       if (e < E) rows[e] = here;
       before += n;
       n = min(n, limit - here);
@@ -97,7 +101,9 @@ struct ExpertScan {
       if (e < E) tiles[e] = static_cast<int>(both), even[e] = static_cast<int>(both >> 32);
       both += tiles_of(n);
     });
-    if (threadIdx.x == 0) rows[E] = min(total, limit), tiles[E] = static_cast<int>(all), even[E] = static_cast<int>(all >> 32);
+    if (threadIdx.x == 0)
+      rows[E] = static_cast<int>(min(whole(total), static_cast<int64_t>(limit))), tiles[E] = static_cast<int>(all),
+      even[E] = static_cast<int>(all >> 32);
     __syncthreads();
   }
   // Where the tiles of expert e begin in the list of tiles of work.h.
