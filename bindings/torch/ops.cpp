@@ -84,6 +84,11 @@ Tensor workspace_of(const Tensor& like, size_t count) {
 
 void* data(const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; }
 void* data(const Optional& t) { return t ? data(*t) : nullptr; }
+// Kernels read tokens 16 bytes at a time: a view that begins elsewhere, a piece of a concatenation for one, is copied.
+Tensor aligned(const Tensor& t) {
+  const bool is_aligned = !t.is_cuda() || reinterpret_cast<uintptr_t>(data(t)) % 16 == 0;
+  return is_aligned ? t : torch::stable::clone(t);
+}
 void* at(const Tensor& t, int64_t elements) {
   static constexpr int64_t sizes[] = {4, 2, 2, 8, 4, 8};
   return static_cast<char*>(t.data_ptr()) + elements * sizes[dtype_of(t, "tensor")];
@@ -337,10 +342,12 @@ std::tuple<Tensor, Tensor> forward(const Layer& l, const Tensor& x, const Option
   const int64_t planes = is_gated(l.layer.activation) ? 2 : 1;
   const Tensor o = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
   const Tensor h = save_h ? empty(x, {l.layer.row_capacity, planes, l.layer.n}, l.layer.dtype) : Tensor();
+  const Tensor rows = aligned(x);
+  const Optional added = addend ? Optional(aligned(*addend)) : std::nullopt;
   machmoe_forward_io io{};
   io.struct_size = sizeof io;
-  io.x = data(x);
-  io.addend = data(addend);
+  io.x = data(rows);
+  io.addend = data(added);
   io.h = data(h);
   io.o = data(o);
   if (ids) {
@@ -452,7 +459,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   const Tensor dscore = score_dtype < 0        ? Tensor()
                         : kind == MACHMOE_TOPK ? empty(x, {T, K}, dscore_dtype)
                                                : empty(x, {l.layer.row_capacity}, dscore_dtype);
-  const machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, dscore, dscore_dtype, g);
+  const Tensor d_rows = aligned(d_o), rows = aligned(x);
+  const machmoe_backward_io io = backward_io(d_rows, rows, h, kOverH, dx, dscore, dscore_dtype, g);
   size_t workspace_bytes = 0;
   const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {MACHMOE_PHASE_ALL}, workspace_bytes);
   check(machmoe_backward(&l.layer, &l.routing, &l.weights, &io, MACHMOE_PHASE_ALL, data(workspace), workspace_bytes, launch.stream()));
@@ -480,7 +488,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   use_routing(l, metadata, std::nullopt, weights);
   const WeightGrads g = new_weight_grads(w1, w1_up, w2, b1, b1_up, b2, is_gated(activation), interleaved, need_w1, need_w2, need_b1, need_b2);
   const Tensor dx = empty(x, {x.size(0), x.size(1)}, l.layer.dtype);
-  machmoe_backward_io io = backward_io(d_o, x, h, kOverH, dx, Tensor(), accum_of(l.layer.dtype), g);
+  const Tensor d_rows = aligned(d_o), rows = aligned(x);
+  machmoe_backward_io io = backward_io(d_rows, rows, h, kOverH, dx, Tensor(), accum_of(l.layer.dtype), g);
   size_t workspace_bytes = 0;
   constexpr uint32_t kFirst = MACHMOE_PHASE_ACTIVATION, kLast = MACHMOE_PHASE_WEIGHT | MACHMOE_PHASE_INPUT;
   const Tensor workspace = backward_workspace(l.layer, x, io.dh != nullptr, {kFirst, kLast}, workspace_bytes);

@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(256, kRows == 2 ? 8
 void aggregate(const AggregateArgs& a, Stream stream) {
   const Shape& s = a.shape;
   if (s.T == 0) return;
+  check_aligned(a.addend, "addend");
+  check_aligned(a.out, a.weighted ? "o" : "dx");
   const AggregateParams p{a.routing,
                           s.T,
                           s.E,

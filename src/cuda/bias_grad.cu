@@ -77,6 +77,7 @@ void launch(const BiasGradArgs& a, const ColumnSum& p, int64_t planes, Stream st
 
 void bias_grad(const BiasGradArgs& a, Stream stream) {
   const Shape& s = a.shape;
+  check_aligned(a.d_o, "d_o");
   const int* offsets = a.routing.offsets;
   const auto* score = static_cast<const float*>(a.routing.score);
   if (a.db1_up.base) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "core/check.h"
@@ -17,6 +18,12 @@
 namespace machmoe::cuda {
 
 inline cudaStream_t stream_of(Stream s) { return static_cast<cudaStream_t>(s.handle); }
+
+// Kernels read and write tokens 16 bytes at a time.
+inline void check_aligned(const void* data, const char* name) {
+  MACHMOE_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, "{} is at {}, expected a multiple of 16 on CUDA: copy it into memory of its own", name,
+                data);
+}
 
 int num_sms();  // of the current device, asked for once per device
 

@@ -190,6 +190,32 @@ def test_dispatched_rows():
         t["x"], counts.to(t["x"].device), t["w1"], t["w2"], row_scores=t["weights"], b1=t["b1"], b2=t["b2"]))  # fmt: skip
 
 
+def test_counts_that_add_up_beyond_every_integer_are_cut_off():
+    v = on_gpu(leaves(700, 128, 64, 3, 1))
+    rows, w1, w2 = v["x"], v["w1"], v["w2"]
+    out = machmoe.grouped_mlp(rows, torch.full((3,), 2**30, device=CUDA), w1, w2)
+    assert torch.equal(out, machmoe.grouped_mlp(rows, torch.tensor([700, 0, 0], device=CUDA), w1, w2))
+
+
+def test_tensors_may_begin_at_any_element():
+    """A piece of a concatenation is contiguous, but it need not begin where 16 bytes can be read at once."""
+    v = on_gpu(leaves(300, 64, 64, 4, 2))
+    ids = torch.rand(300, 4).topk(2).indices.to(CUDA)
+    addend, d_o = torch.randn(2, 300, 64, device=CUDA).bfloat16()
+
+    def shifted(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    def run(move):
+        x, added = move(v["x"]), move(addend)
+        out = machmoe.experts(x, v["w1"], v["w2"], ids, v["weights"], addend=added)
+        fused, aux = machmoe.layer(x, v["w2"][:, :, 0].contiguous(), v["w1"], v["w2"], 2, addend=added)
+        return [out, fused, *torch.autograd.grad((out, fused, aux), tuple(v.values()), (move(d_o), move(d_o), aux.new_ones(())))]
+
+    for got, want in zip(run(shifted), run(lambda t: t), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk"])
 def test_layer_is_route_and_experts(router):
     v = leaves(500, 128, 64, 8, 2)

@@ -210,6 +210,7 @@ int64_t ds_parts(const Shape& s) { return (s.n + kN - 1) / kN; }
 void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
   const Shape& s = a.shape;
   if (s.R_cap == 0) return;
+  check_aligned(a.d_o, "d_o");
   const uint64_t d = s.d, n = s.n, R = s.R_cap, E = s.E, planes = s.planes(), pitch = 2 * planes * n;
   const int64_t columns = ds_parts(s);
   const Gather source(row_source(s, a.routing));

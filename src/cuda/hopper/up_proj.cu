@@ -6,6 +6,7 @@ namespace machmoe::cuda::hopper {
 
 void up_proj(const UpProjArgs& a, Stream stream) {
   if (a.shape.R_cap == 0 || (!a.h && !a.a)) return;
+  check_aligned(a.x, "x");
   const Activation& act = a.shape.act;
   if (!act.gated()) return up_proj_plain(a, stream);
   if (act.kind != ActivationKind::SwiGLU || act.limit > 0 || a.b1_gate.base || a.b1_up.base) return up_proj_gated(a, stream);

@@ -332,6 +332,7 @@ template <class Out, bool kTransposed>
 void varlen_k(const VarlenKProblem& q, Stream stream) {
   using Store = GradStore<Out, kTransposed>;
   const Shape& s = q.shape;
+  check_aligned(q.gathered, kTransposed ? "x" : "d_o");
   const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
   VarlenKParams p{};
   // As ragged_store_map, for loads: the base lies a box before the tensor, where nothing need be mapped as long as no box is all out of bounds.
