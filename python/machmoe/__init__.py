@@ -1,5 +1,7 @@
 """machmoe: Mixture-of-Experts layers for training, ahead-of-time C++/CUDA with a CPU backend (after SonicMoE, arXiv 2512.14080)."""
 
+import torch as _torch
+
 from ._library import ops as _ops
 from .functional import experts, experts_general, grouped_mlp, layer, route
 from .module import MoE
@@ -19,5 +21,8 @@ def build_info():
 
 
 def device_reason(device="cuda"):
-    """Why the library cannot use `device` ("cpu" or "cuda"); "" where it can."""
-    return _ops.device_reason(device == "cuda")
+    """Why the library cannot use `device`, a torch.device or its name; "" where it can."""
+    kind = _torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return f"machmoe has no backend for {kind}, expected cpu or cuda"
+    return _ops.device_reason(kind == "cuda")

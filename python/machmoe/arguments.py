@@ -79,6 +79,8 @@ def layer_arguments(x, w1, w2, b1, b2, addend, activation, w1_layout, alpha, lim
             raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {list(shape)} {beside}")
         if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} as x: cast it, or use autocast")
+    if activation == "swiglu_oai" and alpha == 0:
+        raise ValueError("alpha is 0, expected another number: sigmoid(0 x) would be no gate")
     if limit is None:
         limit = 7.0 if activation == "swiglu_oai" else 0.0
     tensors[0] = tensors[0].contiguous()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import machmoe
 
+from .arguments import ROUTERS, RULES
+from .device import parse_device
 from .errors import need
 from .table import print_table
 
@@ -30,8 +32,6 @@ ACTIVATIONS = {  # gate and up -> A in fp64; without a gate the first argument i
     "silu": lambda _, u: F.silu(u),
 }
 GATED = ("swiglu", "swiglu_oai", "geglu", "reglu")
-ROUTERS = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
-RULES = ("nr_f", "sr_f", "nr_s", "up", "down", "balance_f")
 
 
 @dataclass
@@ -325,9 +325,10 @@ def add_arguments(parser):
 def run(arguments):
     began = time.perf_counter()
     names = arguments.device or [name for name in ("cpu", "cuda") if not machmoe.device_reason(name)]
-    passed = True
-    for name in names:
-        results = check(torch.device(name))
+    passed, devices = True, [parse_device(name) for name in names]
+    need("rich")
+    for name, device in zip(names, devices, strict=True):
+        results = check(device)
         show(results, name)
         good = sum(result.passed for result in results)
         passed &= good == len(results)

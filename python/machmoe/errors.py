@@ -8,9 +8,9 @@ class UserError(Exception):
 
 
 def need(module):
-    """Imports a package of the 'train' extra, or says how to install it."""
+    """Imports a package that the commands need and the library does not, or says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise UserError(f"this command needs {package}, which is not installed: pip install 'machmoe[train]' (or pip install {package})") from error
+        raise UserError(f"this command needs {package}, which is not installed: pip install numpy matplotlib tqdm rich") from error

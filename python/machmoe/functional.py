@@ -87,6 +87,8 @@ def grouped_mlp(
         if row_scores.shape != rows.shape[:1]:
             raise ValueError(f"row_scores is {tuple(row_scores.shape)}, expected [R] = [{rows.shape[0]}]")
         row_scores = row_scores.to(accum_of(rows.dtype)).contiguous()
+    if counts.dtype == torch.int64:
+        counts = counts.clamp(max=rows.shape[0])  # more are cut off anyway, and may be beyond int32
     counts = counts.to(torch.int32).contiguous()
     metadata = ops.routing_rows(counts, rows)
     return Experts.apply(*tensors, row_scores, (metadata, counts, ROWS, options, saves_h(recompute)))

@@ -10,6 +10,8 @@ SMALLEST_SUM = 1e-20  # beside the sum that renormalises, as DeepSeek-V3
 
 
 def check_groups(num_experts, k, groups, topk_groups):
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k is {k}, expected 1 .. E = {num_experts}")
     if not (1 <= topk_groups <= groups and num_experts % groups == 0 and topk_groups * (num_experts // groups) >= k):
         raise ValueError(
             f"groups is {groups} and topk_groups {topk_groups}, "

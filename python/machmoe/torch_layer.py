@@ -6,25 +6,17 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-ROUTERS = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
 
-
-def topk_route(logits, k, router="softmax_topk_norm"):
-    """ids and fp32 weights [T, K], counts [E], load-balance loss E sum_e (counts_e / (T K)) mean_t softmax(logits)_te."""
+def topk_route(logits, k):
+    """softmax_topk_norm: ids and fp32 weights [T, K], load-balance loss E sum_e (counts_e / (T K)) mean_t softmax(logits)_te."""
     num_experts = logits.shape[1]
-    logits = logits.float()
-    prob = logits.softmax(-1)
-    if router == "topk_softmax":
-        top, ids = logits.topk(k)
-        weights = top.softmax(-1)
-    else:
-        weights, ids = prob.topk(k)
-        if router == "softmax_topk_norm":
-            weights = weights / weights.sum(-1, keepdim=True)
+    prob = logits.float().softmax(-1)
+    weights, ids = prob.topk(k)
+    weights = weights / weights.sum(-1, keepdim=True)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=logits.device)
     counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
     aux = num_experts * (counts.float() / ids.numel() * prob.mean(0)).sum()
-    return ids, weights, counts, aux
+    return ids, weights, aux
 
 
 class Dispatch(Function):
@@ -79,9 +71,9 @@ def grouped_experts(x, w1, w2, ids, weights):
 class TorchMoE(nn.Module):
     """machmoe.MoE on torch: the same state_dict (gate.weight, experts.gate_up_proj, experts.down_proj), the last load-balance loss in `aux_loss`."""
 
-    def __init__(self, hidden, intermediate, num_experts, k, router="softmax_topk_norm"):
+    def __init__(self, hidden, intermediate, num_experts, k):
         super().__init__()
-        self.k, self.router = k, router
+        self.k = k
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))
@@ -91,5 +83,5 @@ class TorchMoE(nn.Module):
     def forward(self, x):
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        ids, weights, _, self.aux_loss = topk_route(self.gate(x), self.k, self.router)
+        ids, weights, self.aux_loss = topk_route(self.gate(x), self.k)
         return grouped_experts(x, self.experts.gate_up_proj, self.experts.down_proj, ids, weights).view(shape)

@@ -53,8 +53,30 @@ def test_an_unknown_flag_is_exit_status_2(capsys):
 def test_a_missing_package_names_the_pip_command(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(errors.importlib, "import_module", lambda name: real("package_that_is_not_there"))
-    with pytest.raises(UserError, match=r"pip install 'machmoe\[train\]'"):
+    with pytest.raises(UserError, match="pip install numpy matplotlib tqdm rich"):
         errors.need("rich.table")
+
+
+@pytest.mark.parametrize("command", [["check"], ["bench", *SMALL], ["train"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("device", "sentence"), [("foo", "expected cpu, cuda or cuda:<i>"), (f"cuda:{torch.cuda.device_count()}", "torch finds")], ids=["foo", "cuda"]
+)
+def test_a_device_that_is_not_there_is_exit_status_2(command, device, sentence, capsys, tmp_path):
+    out = [] if command[0] == "check" else ["--out", str(tmp_path)]
+    assert main([*command, *out, "--device", device]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("cpu", ""), (torch.device("cpu"), ""), ("mps", "machmoe has no backend for mps, expected cpu or cuda")]
+)
+def test_a_device_has_a_reason_where_it_cannot_be_used(device, reason):
+    assert machmoe.device_reason(device) == reason
+
+
+@pytest.mark.parametrize("device", ["cuda:0", torch.device("cuda")])
+def test_every_name_of_a_gpu_has_the_same_reason(device):
+    assert machmoe.device_reason(device) == machmoe.device_reason("cuda")
 
 
 # ---- info --------------------------------------------------------------------------------------------------------------------------

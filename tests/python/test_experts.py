@@ -459,6 +459,7 @@ def test_autocast_casts_outside_and_keeps_gradient_dtypes():
         ({"topk_ids": torch.zeros(T, K + 1, dtype=torch.int64)}, r"topk_ids is \(61, 4\)"),
         ({"topk_ids": torch.zeros(T, K, dtype=torch.int64)}, r"names expert 0 twice"),
         ({"topk_ids": torch.full((T, K), -1)}, r"topk_ids\[0, 0\] is -1"),
+        ({"activation": "swiglu_oai", "alpha": 0.0}, "alpha is 0, expected another number"),
         ({"activation": "swish"}, r"activation is 'swish', expected one of swiglu"),
         ({"w1_layout": "transposed"}, r"w1_layout is 'transposed'"),
         ({"b2": torch.randn(E, N)}, r"b2 is \(6, 24\), expected \[6, 40\]"),
@@ -475,6 +476,13 @@ def test_errors_name_the_argument(change, sentence):
     call = {"x": v["x"], "w1": v["w1"], "w2": v["w2"], "topk_ids": chosen_ids(), "topk_weights": v["weights"]} | change
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         machmoe.experts(**call)
+
+
+def test_int64_counts_beyond_int32_are_cut_off():
+    v = leaves(torch.float32)
+    counts = torch.tensor([2**32 + 4, 0, 0, 0, 0, 0])
+    all_rows = torch.tensor([T, 0, 0, 0, 0, 0])
+    assert torch.equal(machmoe.grouped_mlp(v["x"], counts, v["w1"], v["w2"]), machmoe.grouped_mlp(v["x"], all_rows, v["w1"], v["w2"]))
 
 
 def test_sizes_that_are_no_multiple_of_8_are_refused():

@@ -163,5 +163,7 @@ def test_errors_name_the_argument():
         machmoe.route(logits(), K, router_bias=torch.zeros(3))
     with pytest.raises(ValueError, match="expected router_bias False, groups 1 and scale 1.0"):
         machmoe.MoE(D, N, E, 2, routing="token-rounding", scale=2.0)
+    with pytest.raises(ValueError, match="k is 9, expected 1 .. E = 8"):
+        machmoe.MoE(D, N, E, 9)
     with pytest.raises(RuntimeError, match="update_bias needs a layer with router_bias=True"):
         machmoe.MoE(D, N, E, 2).update_bias()

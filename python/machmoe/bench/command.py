@@ -181,12 +181,12 @@ def run(arguments):
 
     import torch
 
+    from ..device import parse_device
     from ..info import collect
 
-    device = torch.device(arguments.device)
+    need("rich")
+    device = parse_device(arguments.device, ours=False)
     on_cuda = device.type == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     dtype = torch.bfloat16 if (arguments.dtype or ("bf16" if on_cuda else "fp32")) == "bf16" else torch.float32
     shapes, names = choose_shapes(arguments, on_cuda), choose_contestants(arguments, on_cuda)
     patterns = choose_patterns(arguments, names)

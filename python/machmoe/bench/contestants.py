@@ -47,8 +47,6 @@ class Problem:
 class Contestant:
     """forward() -> O with its graph; backward(O) -> gradients of the leaves. `layer` is the same from the router product on, or None."""
 
-    inference = False
-
     def __init__(self, problem):
         self.problem = problem
 
@@ -114,7 +112,7 @@ class GroupedMM(Contestant):
         return self.experts(self.x, self.w1, self.w2, self.problem.ids, self.weights)
 
     def layer(self):
-        ids, weights, _, _ = topk_route(self.x @ self.router_w.t(), self.problem.shape.K)
+        ids, weights, _ = topk_route(self.x @ self.router_w.t(), self.problem.shape.K)
         return self.experts(self.x, self.w1, self.w2, ids, weights)
 
 

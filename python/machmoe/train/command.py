@@ -76,6 +76,8 @@ def preset_values(name):
 
 
 def run(arguments):
+    for package in ("numpy", "tqdm", "rich", "matplotlib"):  # needed at the end too: better missed before the training
+        need(package)
     given = {field.name: getattr(arguments, field.name) for field in fields(Config) if hasattr(arguments, field.name)}
     if given.get("corpus"):
         given["corpus"] = str(Path(given["corpus"]).resolve())  # a resumed run may start elsewhere

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..device import parse_device
 from ..errors import UserError, need
 from . import checkpoint
 from .config import Config
@@ -92,9 +93,7 @@ class Progress:
 class Trainer:
     def __init__(self, config: Config, run, state=None, corpus=None):
         self.config, self.run = config, Path(run)
-        self.device = torch.device(config.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        self.device = parse_device(config.device, ours=config.experts == "machmoe")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
