@@ -65,7 +65,7 @@ class MoE(nn.Module):
     shared_intermediate_size   adds a shared SwiGLU expert of that size
     bias          biases b1 and b2
     expert_counts holds the counts [E] of the last forward of a layer with router_bias
-    Parameters: gate.weight [E, d], experts.gate_up_proj [E, 2n, d], experts.down_proj [E, d, n], shared_expert.*.
+    Parameters: gate.weight [E, d], experts.gate_up_proj [E, 2n, d], experts.down_proj [E, d, n], in Qwen3-MoE's names; shared_expert.*.
     On the meta device nothing is initialised: call to_empty() and reset_parameters().
     """
 

@@ -53,7 +53,11 @@ def add_arguments(parser):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes and schedule (default: tiny, about 3 minutes on 2 cores)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run: its folder, or one of its checkpoints")
-    parser.add_argument("--compare", metavar="A,B", help="train both from one seed and plot their curves: machmoe,torch or topk,token-rounding")
+    parser.add_argument(
+        "--compare",
+        metavar="A,B",
+        help="train both from one seed and plot their curves: machmoe,torch, topk,token-rounding, or parts joined: machmoe+token-rounding,torch",
+    )
     parser.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
     for field in fields(Config):
         # Suppressed defaults: what is absent from the namespace comes from the preset.
