@@ -13,10 +13,6 @@ if not _FILE.exists():
 torch.ops.load_library(str(_FILE))
 ops = torch.ops.machmoe
 
-OPERATORS = (
-    "routing_lists", "routing_rows", "token_round", "token_round_backward", "route_forward", "route_backward", "experts_forward",
-    "topk_experts_forward", "experts_backward", "experts_backward_", "layer_backward", "layer_backward_",
-)  # fmt: skip
 TOPK, LISTS, ROWS = 0, 1, 2  # machmoe_routing_kind
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # machmoe_dtype
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -95,35 +95,25 @@ __global__ void __launch_bounds__(32 * token_warps(kPerLane), 2) topk_warp_kerne
 // ---- E <= 4096, K <= 128: a block per token, the K-th key found bit by bit -------------------------------------------------------
 constexpr int kThreads = 256, kOwned = kMaxExperts / kThreads;
 
-__device__ float block_sum(float v) {
-  __shared__ float parts[kThreads / 32];
-  v = warp_sum(v);
-  __syncthreads();
+// The warps' values, the same in all lanes of a warp, in the order of the warps.
+template <class T, class Op>
+__device__ T over_warps(T v, Op op) {
+  __shared__ T parts[kThreads / 32];
+  __syncthreads();  // the parts of the call before have been read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
-  float sum = 0.f;
-  for (int w = 0; w < kThreads / 32; w++) sum += parts[w];
-  return sum;
+  T all = parts[0];
+  for (int w = 1; w < kThreads / 32; w++) all = op(all, parts[w]);
+  return all;
+}
+__device__ float block_sum(float v) {
+  return over_warps(warp_sum(v), [](float a, float b) { return a + b; });
 }
 __device__ int block_sum_int(int v) {
-  __shared__ int parts[kThreads / 32];
-  v = __reduce_add_sync(kAllLanes, v);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-  __syncthreads();
-  int sum = 0;
-  for (int w = 0; w < kThreads / 32; w++) sum += parts[w];
-  return sum;
+  return over_warps(static_cast<int>(__reduce_add_sync(kAllLanes, v)), [](int a, int b) { return a + b; });
 }
 __device__ int block_min(int v) {
-  __shared__ int parts[kThreads / 32];
-  v = __reduce_min_sync(kAllLanes, v);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-  __syncthreads();
-  int low = parts[0];
-  for (int w = 1; w < kThreads / 32; w++) low = min(low, parts[w]);
-  return low;
+  return over_warps(static_cast<int>(__reduce_min_sync(kAllLanes, v)), [](int a, int b) { return min(a, b); });
 }
 
 template <class Logit>
