@@ -223,6 +223,12 @@ int64_t row_capacity_of(const Tensor& x, const Optional& score, int64_t kind, in
   return kind == MACHMOE_TOPK ? x.size(0) * K : kind == MACHMOE_LISTS ? score->size(0) : x.size(0);
 }
 void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const Optional& score) {
+  size_t expected = 0, scratch = 0;
+  check(machmoe_routing_bytes(&l.layer, 0, &expected, &scratch));
+  if (static_cast<size_t>(metadata.numel()) != (expected + 3) / 4)
+    throw std::runtime_error("the metadata of the routing have " + std::to_string(metadata.numel()) + " int32, expected " +
+                             std::to_string((expected + 3) / 4) + " for " + std::to_string(l.layer.row_capacity) +
+                             " scores of their type: keep a routing with the score that it was made with");
   check(machmoe_routing_carve(&l.layer, 0, metadata.data_ptr(), &l.routing));
   if (counts) l.routing.counts = static_cast<int32_t*>(data(*counts));
   if (!score) return;

@@ -55,7 +55,7 @@ def experts_general(
         raise ValueError(
             f"routing is for {routing.num_tokens} tokens and {routing.num_experts} experts, expected T = {x.shape[0]} and E = {w2.shape[0]}"
         )
-    check_device(x, "x", routing=routing.metadata)
+    check_device(x, "x", **{"routing": routing.metadata, "routing.score": routing.score})
     score = routing.score.contiguous()
     if score.dtype != accum_of(x.dtype):
         raise ValueError(

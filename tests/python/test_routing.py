@@ -1,5 +1,7 @@
 """Routing, token_round and route: contents, gradients, errors."""
 
+import dataclasses
+
 import machmoe
 import pytest
 import torch
@@ -177,6 +179,10 @@ def test_errors_name_the_argument():
     r = machmoe.Routing.from_topk(ids, weights, E)
     with pytest.raises(ValueError, match="routing is for 50 tokens and 7 experts, expected T = 49"):
         machmoe.experts_general(torch.randn(49, 8), torch.randn(E, 16, 8), torch.randn(E, 8, 8), r)
+    tensors = torch.randn(T, 8), torch.randn(E, 16, 8), torch.randn(E, 8, 8)
+    for score, kind in ((r.score[:90], tensors), (r.score.double(), [t.double() for t in tensors])):
+        with pytest.raises(RuntimeError, match="keep a routing with the score that it was made with"):
+            machmoe.experts_general(*kind, dataclasses.replace(r, score=score))
 
 
 def test_gradients_of_one_result_alone_are_those_beside_zeros_for_the_other():
