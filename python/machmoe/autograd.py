@@ -9,12 +9,15 @@ from ._library import DTYPES, TOPK, accum_of, ops
 
 
 def once_differentiable(backward):
-    """torch's decorator, without its cost where no graph of the backward is built: gradients are off there already."""
+    """torch's decorator, without its cost where no graph of the backward is built: gradients are off there already. It takes results for
+    constants where no incoming gradient needs one itself; ours depend on saved tensors too, so that the incoming ones are made to."""
     checked = function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
-        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        return checked(ctx, *(g if g is None or _is_batched(g) else g.detach().requires_grad_() for g in gradients))
 
     return run
 
@@ -24,9 +27,19 @@ def saves_h(recompute):
     return torch.is_grad_enabled() and not recompute
 
 
-# torch's own: whether the graph that runs backward is retained, and whether a gradient stands for many, which vmap takes one by one.
+# torch's own: whether the graph that runs backward is retained, whether a backward runs, which recomputes what was checkpointed, and whether
+# a gradient stands for many, which vmap takes one by one.
 _is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-_is_batched = [getattr(torch._C._functorch, name, lambda _: True) for name in ("is_legacy_batchedtensor", "is_functorch_wrapped_tensor")]
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_batches = [getattr(torch._C._functorch, name, lambda _: True) for name in ("is_legacy_batchedtensor", "is_functorch_wrapped_tensor")]
+
+
+def _is_batched(gradient):
+    return any(stands_for_many(gradient) for stands_for_many in _batches)
+
+
+def in_backward():
+    return not torch.compiler.is_compiling() and _graph_task() != -1
 
 
 def reads_h_last(ctx, h, *gradients):
@@ -35,7 +48,7 @@ def reads_h_last(ctx, h, *gradients):
         return False
     if getattr(ctx, "h_is_gone", False):
         raise RuntimeError("H of this graph may have been overwritten by a backward that failed: run the forward again")
-    ctx.h_is_gone = not _is_retained() and not any(is_batched(g) for is_batched in _is_batched for g in gradients if g is not None)
+    ctx.h_is_gone = not _is_retained() and not any(_is_batched(g) for g in gradients if g is not None)
     return ctx.h_is_gone
 
 

@@ -88,7 +88,7 @@ def grouped_mlp(
             raise ValueError(f"row_scores is {tuple(row_scores.shape)}, expected [R] = [{rows.shape[0]}]")
         row_scores = row_scores.to(accum_of(rows.dtype)).contiguous()
     if counts.dtype == torch.int64:
-        counts = counts.clamp(max=rows.shape[0])  # more are cut off anyway, and may be beyond int32
+        counts = counts.clamp(max=2**31 - 1)
     counts = counts.to(torch.int32).contiguous()
     metadata = ops.routing_rows(counts, rows)
     return Experts.apply(*tensors, row_scores, (metadata, counts, ROWS, options, saves_h(recompute)))
@@ -144,6 +144,8 @@ def layer(
     if router_w.shape != (w2.shape[0], rows.shape[1]):
         raise ValueError(f"router_w is {tuple(router_w.shape)}, expected [E, d] = [{w2.shape[0]}, {rows.shape[1]}]")
     check_device(rows, "x", router_w=router_w)
+    if not 1 <= k <= router_w.shape[0]:
+        raise ValueError(f"k is {k}, expected 1 .. E = {router_w.shape[0]}")
     router_w = router_w.to(rows.dtype)
     if router in ROUTERS and router_bias is None and groups == 1 and scale == 1.0 and not z_loss:
         return Layer.apply(*tensors, router_w, (k, ROUTERS[router], options, saves_h(recompute)))

@@ -5,6 +5,7 @@ from torch import nn
 
 from ._library import GATED_ACTIVATIONS
 from .arguments import ACTIVATIONS, LAYOUTS, ROUTERS, RULES, check_choice
+from .autograd import in_backward
 from .functional import experts, experts_general, layer, route
 from .routers import EXTRA_ROUTERS, check_groups, update_router_bias
 from .routing import token_round
@@ -97,7 +98,7 @@ class MoE(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self):
-        """W ~ N(0, 1 / fan-in), biases zero."""
+        """W ~ N(0, 1 / fan-in), biases zero; the shared expert as nn.Linear."""
         nn.init.normal_(self.gate.weight, std=self.gate.weight.shape[1] ** -0.5)
         if self.router_bias is not None:
             nn.init.zeros_(self.router_bias)
@@ -110,11 +111,18 @@ class MoE(nn.Module):
     def router_bias(self):
         return getattr(self.gate, "e_score_correction_bias", None)
 
-    def update_bias(self, rate=1e-3):
-        """After an optimiser step: moves the selection bias towards equal counts of the last forward (machmoe.update_router_bias)."""
+    def update_bias(self, rate=1e-3, group=None):
+        """After an optimiser step: moves the selection bias towards equal counts of the last forward (machmoe.update_router_bias).
+
+        group   of torch.distributed, over whose ranks the counts are summed first; without it the ranks of a data-parallel run would drift apart
+        """
         if self.router_bias is None or self.expert_counts is None:
             raise RuntimeError("update_bias needs a layer with router_bias=True that has run a forward")
-        update_router_bias(self.router_bias, self.expert_counts, rate)
+        counts = self.expert_counts
+        if group is not None:
+            counts = counts.clone()
+            torch.distributed.all_reduce(counts, group=group)
+        update_router_bias(self.router_bias, counts, rate)
 
     def _apply(self, fn, *args, **kwargs):
         """Moves and casts the layer. The selection bias stays fp32: steps of update_bias would vanish in bf16."""
@@ -136,10 +144,12 @@ class MoE(nn.Module):
         rounding = self.training and self.routing == "token-rounding"
         jitter = self.jitter if self.training else 0.0
         if not rounding and not jitter and self.router_bias is None:
-            out, self.aux_loss = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
+            out, aux = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
+            self.aux_loss = aux.detach() if in_backward() else aux  # what a checkpoint recomputes must not outlive the backward
             return out.view(shape)
         logits = self.gate(x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter) if jitter else x)
-        ids, weights, self.expert_counts, self.aux_loss = route(logits, self.k, router_bias=self.router_bias, **self.choice)
+        ids, weights, self.expert_counts, aux = route(logits, self.k, router_bias=self.router_bias, **self.choice)
+        self.aux_loss = aux.detach() if in_backward() else aux
         if rounding:
             scores = logits.float().sigmoid() if self.router in EXTRA_ROUTERS else logits.float().softmax(-1)
             rounded = token_round(scores, self.k, self.tile, self.rule, renormalize=self.router not in ("softmax_topk", "sigmoid_topk"))

@@ -65,7 +65,7 @@ class Routing:
         check_score(scores, "scores")
         check_device(token_ids, "token_ids", expert_ids=expert_ids, scores=scores)
         if token_ids.dtype != expert_ids.dtype:
-            expert_ids = expert_ids.to(token_ids.dtype)
+            token_ids, expert_ids = token_ids.long(), expert_ids.long()
         scores = scores.to(accum_of(scores.dtype)).contiguous()
         score, metadata, expert = _ListScores.apply(scores, token_ids.contiguous(), expert_ids.contiguous(), num_tokens, num_experts)
         return _from_metadata(metadata, score, expert, num_tokens, num_experts)
@@ -144,6 +144,8 @@ def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=Non
     if scores.dim() != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores is {scores.dtype} {tuple(scores.shape)}, expected float32 [T, E]: pass softmax(logits.float())")
     check_choice(rule, "rule", RULES)
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed is {seed!r}, expected an int of 64 bits")
     drawn = seed is None and rule in ("sr_f", "nr_s")
     seed = torch.randint(2**62, (), device="cpu") if drawn else torch.tensor(seed or 0, dtype=torch.int64, device="cpu")
     tokens, experts = scores.shape

@@ -59,7 +59,9 @@ def test_a_missing_package_names_the_pip_command(monkeypatch):
 
 @pytest.mark.parametrize("command", [["check"], ["bench", *SMALL], ["train"]], ids=lambda words: words[0])
 @pytest.mark.parametrize(
-    ("device", "sentence"), [("foo", "expected cpu, cuda or cuda:<i>"), (f"cuda:{torch.cuda.device_count()}", "torch finds")], ids=["foo", "cuda"]
+    ("device", "sentence"),
+    [("foo", "expected cpu, cuda or cuda:<i>"), ("meta", "expected cpu, cuda or cuda:<i>"), (f"cuda:{torch.cuda.device_count()}", "torch finds")],
+    ids=["foo", "meta", "cuda"],
 )
 def test_a_device_that_is_not_there_is_exit_status_2(command, device, sentence, capsys, tmp_path):
     out = [] if command[0] == "check" else ["--out", str(tmp_path)]

@@ -85,6 +85,21 @@ def test_experts_are_their_definition(activation, dtype):
     expect_equal_gradients(v, out, ref, plain(ref, ids, activation), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+def test_a_limit_clamps_gate_and_up(activation):
+    v, ids, limit = leaves(torch.float32, bias=True), chosen_ids(), 0.7
+    ref = in_fp64(v)
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"], activation=activation, b1=v["b1"], b2=v["b2"], limit=limit)
+    clamped = {
+        "swiglu": lambda g, u: F.silu(g.clamp(max=limit)) * u.clamp(-limit, limit),
+        "swiglu_oai": lambda g, u: (u.clamp(-limit, limit) + 1) * g.clamp(max=limit) * torch.sigmoid(1.702 * g.clamp(max=limit)),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ACTIVATIONS, activation, clamped[activation])
+        want = plain(ref, ids, activation)
+    expect_equal_gradients(v, out, ref, want, TOLERANCE[torch.float32])
+
+
 def random_ids(t, e, k):
     return torch.rand(t, e).topk(k).indices
 
@@ -229,9 +244,10 @@ def test_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(lambda x, w1, w2, r: machmoe.layer(x, r, w1, w2, k), (*args[:3], router))
 
 
-def test_double_backward_raises():
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["constant gradient", "gradient of its own"])
+def test_double_backward_raises(loss):
     v, ids = leaves(torch.float32), chosen_ids()
-    (dx,) = torch.autograd.grad(machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"]).square().sum(), v["x"], create_graph=True)
+    (dx,) = torch.autograd.grad(loss(machmoe.experts(v["x"], v["w1"], v["w2"], ids, v["weights"])), v["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -478,11 +494,11 @@ def test_errors_name_the_argument(change, sentence):
         machmoe.experts(**call)
 
 
-def test_int64_counts_beyond_int32_are_cut_off():
+@pytest.mark.parametrize("count", [torch.tensor(T + 1, dtype=torch.int32), torch.tensor(T + 1), torch.tensor(2**32 + 4)])
+def test_more_counts_than_rows_are_refused(count):
     v = leaves(torch.float32)
-    counts = torch.tensor([2**32 + 4, 0, 0, 0, 0, 0])
-    all_rows = torch.tensor([T, 0, 0, 0, 0, 0])
-    assert torch.equal(machmoe.grouped_mlp(v["x"], counts, v["w1"], v["w2"]), machmoe.grouped_mlp(v["x"], all_rows, v["w1"], v["w2"]))
+    with pytest.raises(RuntimeError, match="expected at most the 61 rows"):
+        machmoe.grouped_mlp(v["x"], torch.cat([count[None], count.new_zeros(E - 1)]), v["w1"], v["w2"])
 
 
 def test_sizes_that_are_no_multiple_of_8_are_refused():

@@ -61,6 +61,24 @@ def test_a_module_that_has_run_can_be_copied_and_pickled():
     assert torch.equal(pickle.loads(pickle.dumps(moe))(x), out)
 
 
+def test_a_checkpointed_layer_keeps_nothing_of_its_recomputation():
+    """Its first forward's aux_loss has a gradient; the one of the recomputation, which the backward needs no more, has none."""
+    torch.manual_seed(3)
+    moe, x = machmoe.MoE(16, 24, 5, 2), torch.randn(40, 16, requires_grad=True)
+
+    def block(x):
+        return torch.nn.functional.layer_norm(moe(x), (16,))
+
+    def gradients(out):
+        aux = moe.aux_loss
+        return torch.autograd.grad(out.square().sum() + aux, [x, *moe.parameters()])
+
+    want = gradients(block(x))
+    got = gradients(checkpoint(block, x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert moe.aux_loss.grad_fn is None
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_gives_equal_bits(use_reentrant):
     moe = machmoe.MoE(16, 24, 5, 2)

@@ -127,6 +127,15 @@ def test_a_layer_with_bias_balances_its_experts():
     assert moe.router_bias.requires_grad is False
 
 
+def test_the_bias_moves_by_the_counts_of_all_ranks(monkeypatch):
+    moe = machmoe.MoE(D, N, E, 2, router="sigmoid_topk_norm", router_bias=True)
+    moe(torch.randn(512, D))
+    own, others = moe.expert_counts.clone(), torch.arange(E, dtype=torch.int32) * 1000
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts, group: counts.add_(others) if group == "ranks" else None)
+    moe.update_bias(0.01, group="ranks")
+    assert torch.equal(moe.router_bias, machmoe.update_router_bias(torch.zeros(E), own + others, 0.01)) and torch.equal(moe.expert_counts, own)
+
+
 def test_the_bias_stays_fp32_when_the_layer_is_cast():
     moe = machmoe.MoE(D, N, E, 2, router="sigmoid_topk_norm", router_bias=True)
     moe.router_bias.fill_(0.5001)

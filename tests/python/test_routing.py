@@ -164,8 +164,19 @@ def test_route_is_its_definition(router):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_ids_of_two_types_keep_their_values():
+    """An id beyond int32 is dropped as one of E is, not taken for its lower half."""
+    experts = torch.tensor([2**32, 1, 2**33 + 2])
+    routing = machmoe.Routing.from_lists(torch.arange(3, dtype=torch.int32), experts, torch.ones(3), 3, 4)
+    assert routing.counts.tolist() == [0, 1, 0, 0]
+
+
 def test_errors_name_the_argument():
     ids, weights = topk()
+    with pytest.raises(ValueError, match="seed is 1.7, expected an int of 64 bits"):
+        machmoe.token_round(torch.rand(4, 4), 2, rule="sr_f", seed=1.7)
+    with pytest.raises(ValueError, match=r"k is -1, expected 1 .. E = 4"):
+        machmoe.layer(torch.randn(3, 8), torch.randn(4, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 8), -1)
     with pytest.raises(ValueError, match=r"expected \[T, K\] both"):
         machmoe.Routing.from_topk(ids[0], weights, E)
     with pytest.raises(RuntimeError, match="occurs twice"):

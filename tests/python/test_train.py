@@ -165,6 +165,17 @@ def test_every_checkpoint_resumes_to_the_same_losses(tmp_path):
         assert losses(tmp_path / "run") == straight, step
 
 
+def test_checkpoints_of_later_steps_go_when_an_earlier_one_was_resumed(tmp_path):
+    """At its first save: --resume of the folder goes on from there. Files of other names stay."""
+    run = tmp_path / "run"
+    assert train(run, experts="torch") == 0
+    earlier, latest = checkpoint.checkpoints(run)
+    (run / "checkpoint-best.pt").write_bytes(latest.read_bytes())
+    saved = checkpoint.save(run, 9, checkpoint.load(earlier))
+    assert checkpoint.checkpoints(run) == [earlier, saved] and checkpoint.find(run) == saved
+    assert (run / "checkpoint-best.pt").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_step_it_stopped_at(tmp_path, number):
     process = start(tmp_path / "run", steps=100_000, checkpoint_every=100_000, val_every=100_000, experts="torch")
@@ -260,6 +271,9 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, capsys):
     "change, named",
     [
         ({"k": 9}, "--k"),
+        ({"lr": -1}, "--lr"),
+        ({"corpus_mb": "nan"}, "--corpus-mb"),
+        ({"seed": 10**14}, "--seed"),
         ({"d": 30}, "--d"),
         ({"batch": 0}, "--batch"),
         ({"experts": "torch", "routing": "token-rounding"}, "--routing"),

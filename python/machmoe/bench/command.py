@@ -175,6 +175,8 @@ def run(arguments):
             result = json.loads(arguments.plot.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read {arguments.plot}: {error}") from error
+        if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+            raise UserError(f"{arguments.plot} is no result of this bench: expected a bench.json of schema {SCHEMA}")
         for path in plot(result, arguments.plot.parent):
             print(path)
         return 0

@@ -19,7 +19,7 @@ KEPT = 2
 
 def checkpoints(run):
     """Paths in the run's folder, oldest first."""
-    return sorted(Path(run).glob("checkpoint-*.pt"))
+    return sorted(Path(run).glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
 def write_atomically(path, content):
@@ -43,14 +43,15 @@ def write_atomically(path, content):
 
 
 def save(run, step, state):
-    """Writes checkpoint-<step>.pt, then drops all but the newest two."""
+    """Writes checkpoint-<step>.pt, then drops those of later steps, left behind where a run was resumed before them, and all but the newest two."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
     path = Path(run) / f"checkpoint-{step:08d}.pt"
     write_atomically(path, payload + TRAILER.pack(MAGIC, len(payload), hashlib.sha256(payload).digest()))
-    for old in checkpoints(run)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    earlier = [other for other in checkpoints(run) if other.name < path.name]
+    for other in {*checkpoints(run)} - {path, *earlier[1 - KEPT :]}:
+        other.unlink(missing_ok=True)
     return path
 
 

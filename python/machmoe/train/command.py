@@ -165,6 +165,8 @@ def outcome(trainer):
     """What a finished run is judged by; losses in bits/byte. The speed is the median of the reports, the first one left out where there are more:
     neither compilation nor a busy moment counts, and reports hold no time of validations and checkpoints."""
     records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if "train_loss" in r]
+    if not records:
+        raise UserError(f"{trainer.run / 'metrics.jsonl'} holds no losses: restore it, or start a new run")
     last = [r["train_loss"] for r in records[-100:]]
     speeds = [r["tokens_per_s"] for r in records]
     return {

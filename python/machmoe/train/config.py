@@ -1,5 +1,6 @@
 """What a training run is made of: one flat record, filled from a preset and the command line, stored in every checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 from ..errors import UserError
@@ -50,6 +51,11 @@ class Config:
         for name in (*sizes, "val_every", "val_sequences", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "corpus_mb"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.seed < 2**40:
+            raise UserError(f"--seed is {self.seed}; it must be from 0 to 2^40 - 1")
         if self.k > self.num_experts:
             raise UserError(f"--k is {self.k} but there are only {self.num_experts} experts; choose --k <= --num-experts")
         if self.d % 8 or self.n % 8:

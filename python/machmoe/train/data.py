@@ -36,7 +36,10 @@ def load_corpus(path, megabytes, context):
     else:
         # A shuffle by the hash of the name: the validation split at the end is then like the training split.
         pattern = "*" if path else "*.py"
-        files = [file for file in root.rglob(pattern) if file.is_file() and not hidden(file.relative_to(root))]
+        try:
+            files = [file for file in root.rglob(pattern) if file.is_file() and not hidden(file.relative_to(root))]
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename} of the corpus: {error.strerror}") from error
         files.sort(key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
     limit = int(megabytes * 2**20)
     text, used = bytearray(), 0
