@@ -81,6 +81,12 @@ MACHMOE_HD F silu(F x, F& derivative) {
   return value;
 }
 
+// max(x, 0), NaN for NaN. The derivative continues it: where x > 0 fails, the value is 0 or NaN.
+template <class F>
+MACHMOE_HD F relu(F x) {
+  return x <= 0 ? F(0) : x;
+}
+
 // The compiler drops the derivative where only .a is used; K is a compile-time constant on the GPU.
 template <ActivationKind K, class F>
 MACHMOE_HD ActivationGrad<F> activate(F gate, F up, F alpha, F limit) {
@@ -113,13 +119,14 @@ MACHMOE_HD ActivationGrad<F> activate(F gate, F up, F alpha, F limit) {
     const F v = gelu_tanh(gate, d);
     return {v * up, d * up, v};
   } else if constexpr (K == ActivationKind::ReGLU) {
-    const F v = gate > 0 ? gate : F(0);
-    return {v * up, gate > 0 ? up : F(0), v};
+    const F v = relu(gate);
+    return {v * up, gate > 0 ? up : v, v};
   } else if constexpr (K == ActivationKind::ReLU2) {
-    const F v = up > 0 ? up : F(0);
+    const F v = relu(up);
     return {v * v, 0, 2 * v};
   } else if constexpr (K == ActivationKind::ReLU) {
-    return {up > 0 ? up : F(0), 0, up > 0 ? F(1) : F(0)};
+    const F v = relu(up);
+    return {v, 0, up > 0 ? F(1) : v};
   } else if constexpr (K == ActivationKind::GELU) {
     const F v = gelu_tanh(up, d);
     return {v, 0, d};
