@@ -78,7 +78,7 @@ void run(const Options& o) {
   });
   const Times backward = measure(o.repeats, [&] {
     layer.backward(routing, weights, saved, x.data(), d_o.data(),
-                   {.dx = dx.data(), .dscore = dscore.data(), .weights = machmoe::concatenated(layer, dw1.data(), dw2.data()), .dtype = dtype});
+                   {.dx = dx.data(), .dscore = dscore.data(), .weights = machmoe::concatenated(layer, dw1.data(), dw2.data())});
   });
   const double flops = 6.0 * double(o.T * o.K) * double(nd);
   fmt::print("{}\n{} {} threads  T {} d {} n {} E {} K {}\n", machmoe_build_info(), o.dtype, machmoe_get_num_threads(), o.T, o.d, o.n, o.E, o.K);

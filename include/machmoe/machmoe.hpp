@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -31,6 +32,10 @@ class Error : public std::runtime_error {
 
 inline void check(machmoe_status status) {
   if (status != MACHMOE_OK) throw Error(status, machmoe_last_error());
+}
+
+inline size_t size_of(machmoe_dtype dtype) {
+  return dtype == MACHMOE_F64 || dtype == MACHMOE_I64 ? 8 : dtype == MACHMOE_F32 || dtype == MACHMOE_I32 ? 4 : 2;
 }
 
 // Where buffers come from. The default is the host's heap; for CUDA give functions over cudaMallocAsync or your framework's allocator.
@@ -86,12 +91,18 @@ struct Saved {
   Buffer h;  // [row_capacity, 2 or 1, n]; empty: recompute
 };
 
+// Views of W1, W2 and the biases, or of their gradients, and the type of the elements.
+struct Weights : machmoe_weights {
+  Weights() : machmoe_weights{} {}
+  Weights(const machmoe_weights& views, machmoe_dtype type) : machmoe_weights(views), dtype(type) {}
+  machmoe_dtype dtype = MACHMOE_F32;
+};
+
 struct Gradients {
   void* dx = nullptr;      // [T, d]
   void* dscore = nullptr;  // TOPK [T, K], else [row_capacity]
   machmoe_dtype dscore_dtype = MACHMOE_F32;
-  machmoe_weights weights = {};  // dW1, dW2, db1, db2 in the layout of the weights; null: not wanted
-  machmoe_dtype dtype = MACHMOE_F32;
+  Weights weights = {};  // dW1, dW2, db1, db2 in any layout, in the layer's type or F32; null: not wanted
   bool accumulate = false;
   const void* addend = nullptr;  // [T, d] added to dX
 };
@@ -118,7 +129,8 @@ class Layer {
   }
   const machmoe_layer& descriptor() const noexcept { return descriptor_; }
   bool gated() const noexcept { return options_.activation <= MACHMOE_REGLU; }
-  size_t element_size() const noexcept { return options_.dtype == MACHMOE_F64 ? 8 : options_.dtype == MACHMOE_F32 ? 4 : 2; }
+  machmoe_dtype dtype() const noexcept { return options_.dtype; }
+  size_t element_size() const noexcept { return size_of(options_.dtype); }
 
   // ids [T, K] int32. weights [T, K] fp32 stay the caller's memory, which must live, unchanged, as long as the routing is used.
   Routing route_topk(const int32_t* ids, const float* weights) const {
@@ -182,7 +194,7 @@ class Layer {
     io.dx = g.dx;
     io.dscore = g.dscore;
     io.dscore_dtype = g.dscore_dtype;
-    io.grad_dtype = g.dtype;
+    io.grad_dtype = g.weights.dtype;
     io.accumulate = g.accumulate;
     io.dw1_gate = g.weights.w1_gate, io.dw1_up = g.weights.w1_up, io.dw2 = g.weights.w2;
     io.db1_gate = g.weights.b1_gate, io.db1_up = g.weights.b1_up, io.db2 = g.weights.b2;
@@ -207,14 +219,15 @@ class Layer {
   machmoe_layer descriptor_{};
 };
 
-// Weights in the layouts of W1: b1 [E, 2n] (or [E, n] without a gate) and b2 [E, d] may be null.
+// Weights in the layouts of W1: b1 [E, 2n] (or [E, n] without a gate) and b2 [E, d] may be null. dtype: the layer's, or F32 for gradients.
 // w1 [E, 2n, d] with all gate rows before the up rows; [E, n, d] for an activation without a gate. w2 [E, d, n].
-inline machmoe_weights concatenated(const Layer& layer, void* w1, void* w2, void* b1 = nullptr, void* b2 = nullptr) {
+inline Weights concatenated(const Layer& layer, void* w1, void* w2, void* b1 = nullptr, void* b2 = nullptr,
+                            std::optional<machmoe_dtype> dtype = std::nullopt) {
   const machmoe_layer& l = layer.descriptor();
-  const int64_t planes = layer.gated() ? 2 : 1, size = static_cast<int64_t>(layer.element_size());
+  Weights w({}, dtype.value_or(layer.dtype()));
+  const int64_t planes = layer.gated() ? 2 : 1, size = static_cast<int64_t>(size_of(w.dtype));
   const auto at = [&](void* base, int64_t i) { return base ? static_cast<void*>(static_cast<char*>(base) + i * size) : nullptr; };
-  machmoe_weights w{};
-  w.struct_size = sizeof w;
+  w.struct_size = sizeof(machmoe_weights);
   if (layer.gated()) {
     w.w1_gate = {w1, l.d, planes * l.n * l.d};
     w.b1_gate = {b1, 1, planes * l.n};
@@ -227,13 +240,12 @@ inline machmoe_weights concatenated(const Layer& layer, void* w1, void* w2, void
   return w;
 }
 // w1 [E, 2n, d] with row 2i gate and row 2i + 1 up; gated activations.
-inline machmoe_weights interleaved(const Layer& layer, void* w1, void* w2, void* b1 = nullptr, void* b2 = nullptr) {
+inline Weights interleaved(const Layer& layer, void* w1, void* w2, void* b1 = nullptr, void* b2 = nullptr,
+                           std::optional<machmoe_dtype> dtype = std::nullopt) {
   const machmoe_layer& l = layer.descriptor();
-  const auto size = layer.element_size();
-  const auto at = [&](void* base, int64_t i) {
-    return base ? static_cast<void*>(static_cast<char*>(base) + static_cast<size_t>(i) * size) : nullptr;
-  };
-  machmoe_weights w = concatenated(layer, w1, w2, b1, b2);
+  Weights w = concatenated(layer, w1, w2, b1, b2, dtype);
+  const auto size = static_cast<int64_t>(size_of(w.dtype));
+  const auto at = [&](void* base, int64_t i) { return base ? static_cast<void*>(static_cast<char*>(base) + i * size) : nullptr; };
   w.w1_gate = {w1, 2 * l.d, 2 * l.n * l.d};
   w.w1_up = {at(w1, l.d), 2 * l.d, 2 * l.n * l.d};
   w.b1_gate = {b1, 2, 2 * l.n};
@@ -241,9 +253,9 @@ inline machmoe_weights interleaved(const Layer& layer, void* w1, void* w2, void*
   return w;
 }
 // Two tensors [E, n, d].
-inline machmoe_weights two_tensors(const Layer& layer, void* w1_gate, void* w1_up, void* w2) {
+inline Weights two_tensors(const Layer& layer, void* w1_gate, void* w1_up, void* w2, std::optional<machmoe_dtype> dtype = std::nullopt) {
   const machmoe_layer& l = layer.descriptor();
-  machmoe_weights w = concatenated(layer, nullptr, w2);
+  Weights w = concatenated(layer, nullptr, w2, nullptr, nullptr, dtype);
   w.w1_gate = {w1_gate, l.d, l.n * l.d};
   w.w1_up = {w1_up, l.d, l.n * l.d};
   return w;

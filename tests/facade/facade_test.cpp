@@ -1,6 +1,7 @@
 // machmoe.hpp against the shared library, as a C++ user links it: no internal header, no torch.
 #include <gmock/gmock.h>
 
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -30,6 +31,16 @@ struct Data {
 };
 machmoe::Layer f32_layer() { return machmoe::Layer({.dtype = MACHMOE_F32, .T = T, .d = d, .n = n, .E = E, .K = K}); }
 
+uint16_t bf16(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+std::vector<uint16_t> bf16(const std::vector<float>& values) {
+  std::vector<uint16_t> v;
+  for (float x : values) v.push_back(bf16(x));
+  return v;
+}
+
 double dot(const std::vector<float>& a, const std::vector<float>& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
 
 // The directional derivative of <O, dO> along dX is |dX|^2.
@@ -51,6 +62,28 @@ TEST(Facade, BackwardIsTheGradientOfForward) {
   EXPECT_NEAR((loss_at(1e-3f) - loss_at(-1e-3f)) / 2e-3, dot(dx, dx), 1e-2 * dot(dx, dx));
   EXPECT_GT(dot(dw1, dw1), 0);
   EXPECT_GT(dot(dw2, dw2), 0);
+}
+
+static_assert(!std::is_convertible_v<machmoe_weights, machmoe::Weights>, "views whose type nobody has told are no gradients");
+// A gradient in BF16 is the rounded one in F32, element by element: both halves of W1 stand where the layout has them.
+TEST(Facade, WeightGradientsHaveTheTypeOfTheLayerOrF32) {
+  const machmoe::Layer layer({.T = T, .d = d, .n = n, .E = E, .K = K});
+  Data v;
+  std::vector<uint16_t> x = bf16(v.x), w1 = bf16(v.w1), w2 = bf16(v.w2), b1(E * 2 * n), b2(E * d), d_o = bf16(v.d_o), o(T * d);
+  const machmoe::Routing routing = layer.route_topk(v.ids.data(), v.weights.data());
+  for (const auto layout : {machmoe::concatenated, machmoe::interleaved}) {
+    const auto weights = layout(layer, w1.data(), w2.data(), b1.data(), b2.data(), std::nullopt);
+    const machmoe::Saved saved = layer.forward(routing, weights, x.data(), o.data());
+    const auto gradients = [&](auto none, std::optional<machmoe_dtype> dtype) {
+      std::vector dw1(w1.size(), none), dw2(w2.size(), none), db1(b1.size(), none), db2(b2.size(), none);
+      layer.backward(routing, weights, saved, x.data(), d_o.data(),
+                     {.weights = layout(layer, dw1.data(), dw2.data(), db1.data(), db2.data(), dtype)});
+      return std::vector{dw1, dw2, db1, db2};
+    };
+    const auto of_the_layer = gradients(uint16_t{0xFFFF}, std::nullopt);
+    const auto f32 = gradients(-777.f, MACHMOE_F32);
+    for (size_t i = 0; i < f32.size(); i++) EXPECT_EQ(bf16(f32[i]), of_the_layer[i]);
+  }
 }
 
 TEST(Facade, TheLastBackwardNeedsNoMemoryForDH) {
