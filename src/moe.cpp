@@ -108,8 +108,10 @@ void backward(const Backend& b, const BackwardArgs& p, Stream stream) {
   void* dx_rows = rows ? p.dx : buf.dx_rows;
   if ((p.phases & kPhaseInput) && p.dx) b.up_proj_bwd({p.shape, p.routing, buf.dh, w.w1_gate, w.w1_up, dx_rows, buf.turns}, stream);
   if (p.phases & kPhaseWeight) {
-    if (g.dw1_up.base) b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate, buf.turns + 1}, stream);
-    if (g.db1_up.base || g.db2.base) b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
+    if (g.dw1_gate.base || g.dw1_up.base)
+      b.weight_grad_w1({p.shape, p.routing, p.x, buf.dh, g.dw1_gate, g.dw1_up, g.dtype, g.accumulate, buf.turns + 1}, stream);
+    if (g.db1_gate.base || g.db1_up.base || g.db2.base)
+      b.bias_grad({p.shape, p.routing, buf.dh, p.d_o, g.db1_gate, g.db1_up, g.db2, g.dtype, g.accumulate}, stream);
   }
   if ((p.phases & kPhaseInput) && p.dx && !rows) b.aggregate({p.shape, p.routing, dx_rows, false, {}, p.addend, p.dx}, stream);
 }

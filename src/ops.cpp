@@ -41,13 +41,13 @@ void check_w1(const Shape& s, const View& gate, const View& up, const char* gate
   else MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its weight as {}", gate_name, up_name);
 }
 template <class View>
-void check_b1(const Shape& s, const View& gate, const View& up) {
-  check_bias(up, s.n, "b1_up");
-  check_bias(gate, s.n, "b1_gate");
+void check_b1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
+  check_bias(up, s.n, up_name);
+  check_bias(gate, s.n, gate_name);
   if (s.act.gated())
-    MACHMOE_CHECK(!gate.base == !up.base, "b1_gate is {} and b1_up is {}, expected both or none", gate.base ? "given" : "null",
+    MACHMOE_CHECK(!gate.base == !up.base, "{} is {} and {} is {}, expected both or none", gate_name, gate.base ? "given" : "null", up_name,
                   up.base ? "given" : "null");
-  else MACHMOE_CHECK(!gate.base, "b1_gate is given, expected none: this activation has no gate, pass its bias as b1_up");
+  else MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its bias as {}", gate_name, up_name);
 }
 
 void check_routing(const Shape& s, const Routing& r) {
@@ -203,7 +203,7 @@ void validate(const UpProjArgs& p) {
   check_routing(p.shape, p.routing);
   require_rows(p.x, p.shape.T, "x");
   check_w1(p.shape, p.w1_gate, p.w1_up, "w1_gate", "w1_up");
-  check_b1(p.shape, p.b1_gate, p.b1_up);
+  check_b1(p.shape, p.b1_gate, p.b1_up, "b1_gate", "b1_up");
 }
 
 void validate(const DownProjArgs& p) {
@@ -272,7 +272,7 @@ void validate(const BiasGradArgs& p) {
   if (p.db2.base) check_scored_routing(p.shape, p.routing);
   else check_routing(p.shape, p.routing);
   check_grad_dtype(p.shape, p.out_dtype);
-  check_b1(p.shape, p.db1_gate, p.db1_up);
+  check_b1(p.shape, p.db1_gate, p.db1_up, "db1_gate", "db1_up");
   check_bias(p.db2, p.shape.d, "db2");
   require_rows(p.d_o, p.shape.T, "d_o");
 }

@@ -110,6 +110,10 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("workspace has 16 bytes", [](Call& c) { c.workspace_bytes = 16; });
   fails_with("d_o is null", [](Call& c) { c.backward.d_o = nullptr; });
   fails_with("grad_dtype is 1", [](Call& c) { c.backward.grad_dtype = MACHMOE_BF16; });
+  fails_with("dw1_up is null", [](Call& c) { c.backward.dw1_up = {}; });
+  fails_with("dw1_gate is null", [](Call& c) { c.backward.dw1_gate = {}; });
+  fails_with("db1_gate is given and db1_up is null", [](Call& c) { c.backward.db1_up = {}, c.backward.db2 = {}; });
+  fails_with("db1_gate is null and db1_up is given", [](Call& c) { c.backward.db1_gate = {}; });
   fails_with("io.grad_dtype is 17", [](Call& c) { c.backward.grad_dtype = 17; });
 }
 
