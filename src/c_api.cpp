@@ -36,13 +36,25 @@ machmoe_status guarded(F&& f) noexcept {
   }
 }
 
+// sizeof in version 0.1.0: no caller knows less. A descriptor grows at its end alone.
+constexpr size_t first_size(const machmoe_layer*) { return 80; }
+constexpr size_t first_size(const machmoe_weights*) { return 152; }
+constexpr size_t first_size(const machmoe_routing*) { return 80; }
+constexpr size_t first_size(const machmoe_route*) { return 88; }
+constexpr size_t first_size(const machmoe_route_grad*) { return 32; }
+constexpr size_t first_size(const machmoe_token_round_options*) { return 40; }
+constexpr size_t first_size(const machmoe_forward_io*) { return 56; }
+constexpr size_t first_size(const machmoe_backward_io*) { return 224; }
+
 // A descriptor as the caller knew it: the shorter ones of older versions are completed with zeros.
 template <class T>
 T read(const T* descriptor, const char* name) {
+  constexpr size_t first = first_size(static_cast<const T*>(nullptr));
+  static_assert(first <= sizeof(T));
   MACHMOE_CHECK(descriptor, "{} is null, expected a descriptor", name);
   size_t size = 0;
   std::memcpy(&size, descriptor, sizeof size);
-  MACHMOE_CHECK(size > sizeof size, "{}.struct_size is {}, expected sizeof = {}: zero-initialise the descriptor and set struct_size", name, size,
+  MACHMOE_CHECK(size >= first, "{}.struct_size is {}, expected sizeof = {}: zero-initialise the descriptor and set struct_size", name, size,
                 sizeof(T));
   MACHMOE_SUPPORTED(size <= sizeof(T), "{}.struct_size is {}, expected at most {}: the caller was built against a newer machmoe, install that one",
                     name, size, sizeof(T));

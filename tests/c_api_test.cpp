@@ -117,6 +117,30 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("io.grad_dtype is 17", [](Call& c) { c.backward.grad_dtype = 17; });
 }
 
+TEST(CApi, NoDescriptorIsShorterThanInTheFirstVersion) {
+  Call c;
+  machmoe_route route{.struct_size = sizeof route, .E = 1, .K = 1};
+  machmoe_route_grad grad{.struct_size = sizeof grad};
+  machmoe_token_round_options options{.struct_size = sizeof options};
+  const auto one_byte_less = [](const char* name, size_t size, size_t& struct_size, auto&& call) {
+    struct_size = size - 1;
+    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, call());
+    EXPECT_THAT(machmoe_last_error(), HasSubstr(fmt::format("{}.struct_size is {}, expected sizeof", name, size - 1)));
+    struct_size = size;
+  };
+  const auto forward = [&] { return c.run_forward(); };
+  const auto route_backward = [&] { return machmoe_route_backward(&route, &grad, nullptr, nullptr, nullptr, nullptr); };
+  one_byte_less("layer", 80, c.layer.struct_size, forward);
+  one_byte_less("weights", 152, c.weights.views.struct_size, forward);
+  one_byte_less("routing", 80, c.routing.views.struct_size, forward);
+  one_byte_less("io", 56, c.forward.struct_size, forward);
+  one_byte_less("io", 224, c.backward.struct_size, [&] { return c.run_backward(); });
+  one_byte_less("route", 88, route.struct_size, route_backward);
+  one_byte_less("grad", 32, grad.struct_size, route_backward);
+  one_byte_less("options", 40, options.struct_size,
+                [&] { return machmoe_token_round(&c.layer, &options, nullptr, &c.routing.views, nullptr, 0, nullptr); });
+}
+
 TEST(CApi, TheBackwardReadsTheWeightsAgain) {
   Call c;
   ASSERT_EQ(MACHMOE_OK, c.run_forward());
@@ -164,9 +188,9 @@ TEST(CApi, MalformedCallsGetAStatusAndASentence) {
       case 10: call.weights.views.w2.expert_stride = std::min<int64_t>(pick(), 7); break;
       case 11: call.workspace_bytes = static_cast<size_t>(random.below(1000)); break;
       case 12: std::memcpy(&call.forward.x, &null, sizeof null); break;
-      case 13: call.weights.views.struct_size = static_cast<size_t>(random.below(8)); break;
+      case 13: call.weights.views.struct_size = static_cast<size_t>(random.below(sizeof(machmoe_weights))); break;
       case 14: call.routing.views.slot = nullptr; break;
-      case 15: call.layer.struct_size = static_cast<size_t>(random.below(8)); break;
+      case 15: call.layer.struct_size = static_cast<size_t>(random.below(sizeof(machmoe_layer))); break;
     }
     const machmoe_status status = call.run_forward();
     if (status == MACHMOE_OK) continue;
