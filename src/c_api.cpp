@@ -46,9 +46,9 @@ constexpr size_t first_size(const machmoe_token_round_options*) { return 40; }
 constexpr size_t first_size(const machmoe_forward_io*) { return 56; }
 constexpr size_t first_size(const machmoe_backward_io*) { return 224; }
 
-// A descriptor as the caller knew it: the shorter ones of older versions are completed with zeros.
+// The bytes of a descriptor that the caller knows.
 template <class T>
-T read(const T* descriptor, const char* name) {
+size_t known_size(const T* descriptor, const char* name) {
   constexpr size_t first = first_size(static_cast<const T*>(nullptr));
   static_assert(first <= sizeof(T));
   MACHMOE_CHECK(descriptor, "{} is null, expected a descriptor", name);
@@ -58,8 +58,13 @@ T read(const T* descriptor, const char* name) {
                 sizeof(T));
   MACHMOE_SUPPORTED(size <= sizeof(T), "{}.struct_size is {}, expected at most {}: the caller was built against a newer machmoe, install that one",
                     name, size, sizeof(T));
+  return size;
+}
+// The shorter descriptors of older versions are completed with zeros.
+template <class T>
+T read(const T* descriptor, const char* name) {
   T copy{};
-  std::memcpy(&copy, descriptor, size);
+  std::memcpy(&copy, descriptor, known_size(descriptor, name));
   return copy;
 }
 
@@ -258,10 +263,12 @@ machmoe_status machmoe_routing_bytes(const machmoe_layer* layer, int with_expert
 machmoe_status machmoe_routing_carve(const machmoe_layer* layer, int with_expert, void* metadata, machmoe_routing* routing) {
   return guarded([&] {
     const Layer l = routing_layer(layer);
+    const size_t size = known_size(routing, "out");
     MACHMOE_CHECK(metadata, "metadata is null, expected a buffer of machmoe_routing_bytes()");
     check_buffer(l.backend, metadata, "metadata");
     const Routing r = carve_routing(l.backend, l.shape, with_expert != 0, metadata);
-    out(routing, "out") = {sizeof(machmoe_routing), r.slot, r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
+    const machmoe_routing views{size, r.slot, r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
+    std::memcpy(routing, &views, size);
   });
 }
 

@@ -141,6 +141,26 @@ TEST(CApi, NoDescriptorIsShorterThanInTheFirstVersion) {
                 [&] { return machmoe_token_round(&c.layer, &options, nullptr, &c.routing.views, nullptr, 0, nullptr); });
 }
 
+TEST(CApi, CarveWritesWhatTheCallerKnows) {
+  const machmoe_layer layer = layer_of({.T = 4, .d = 8, .n = 8, .E = 2, .K = 1, .R_cap = 4, .dtype = DType::F32});
+  size_t bytes = 0, scratch = 0;
+  ASSERT_EQ(MACHMOE_OK, machmoe_routing_bytes(&layer, 0, &bytes, &scratch));
+  Buffer metadata(bytes);
+  machmoe_routing out{.struct_size = sizeof out};
+  for (const auto& [size, status] :
+       {std::pair{size_t{0}, MACHMOE_INVALID_ARGUMENT}, {sizeof out - 8, MACHMOE_INVALID_ARGUMENT}, {sizeof out + 8, MACHMOE_UNSUPPORTED}}) {
+    out.struct_size = size;
+    EXPECT_EQ(status, machmoe_routing_carve(&layer, 0, metadata.data(), &out));
+    EXPECT_THAT(machmoe_last_error(), HasSubstr(fmt::format("out.struct_size is {}", size)));
+    EXPECT_EQ(out.struct_size, size);
+    EXPECT_EQ(out.counts, nullptr);
+  }
+  out.struct_size = sizeof out;
+  EXPECT_EQ(MACHMOE_OK, machmoe_routing_carve(&layer, 0, metadata.data(), &out));
+  EXPECT_EQ(out.struct_size, sizeof out);
+  EXPECT_NE(out.counts, nullptr);
+}
+
 TEST(CApi, TheBackwardReadsTheWeightsAgain) {
   Call c;
   ASSERT_EQ(MACHMOE_OK, c.run_forward());

@@ -123,7 +123,7 @@ inline machmoe_layer layer_of(const Shape& s) {
 }
 
 struct RoutingBuffer {
-  machmoe_routing views{};
+  machmoe_routing views{.struct_size = sizeof views};
   std::vector<int32_t> order;  // row -> slot of top-K, position in the lists, or itself
   std::unique_ptr<Buffer> memory;
 };

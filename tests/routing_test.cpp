@@ -66,7 +66,7 @@ INSTANTIATE_TEST_SUITE_P(CaseTable, RoutingTest, testing::ValuesIn(case_table())
 struct TopkCall {
   machmoe_layer layer;
   std::vector<uint8_t> metadata, scratch;
-  machmoe_routing out{};
+  machmoe_routing out{.struct_size = sizeof out};
   explicit TopkCall(int64_t T, int64_t E, int64_t K)
       : layer(layer_of({.T = T, .d = 8, .n = 8, .E = E, .K = K, .R_cap = T * K, .dtype = DType::F32})) {
     size_t bytes = 0, scratch_bytes = 0;

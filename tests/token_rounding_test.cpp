@@ -42,7 +42,7 @@ std::vector<float> make_scores(const Setting& c, Scores kind, uint64_t seed = 1)
 struct Rounded {
   machmoe_layer layer{};
   Buffer metadata{0};
-  machmoe_routing routing{};
+  machmoe_routing routing{.struct_size = sizeof routing};
   std::vector<int32_t> token, expert, counts, token_offsets, inverse;
   std::vector<float> score;
   int64_t R = 0;
@@ -263,7 +263,7 @@ TEST(TokenRounding, ScoresOutsideTheUnitIntervalAreErrors) {
     size_t bytes = 0, scratch = 0;
     ASSERT_EQ(MACHMOE_OK, machmoe_routing_bytes(&layer, 1, &bytes, &scratch));
     Buffer metadata(bytes);
-    machmoe_routing r{};
+    machmoe_routing r{.struct_size = sizeof r};
     ASSERT_EQ(MACHMOE_OK, machmoe_routing_carve(&layer, 1, metadata.data(), &r));
     const machmoe_token_round_options options{sizeof options, c.K, c.tile, MACHMOE_DOWN, 0, 0};
     EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_token_round(&layer, &options, scores.data(), &r, nullptr, 0, nullptr));

@@ -153,7 +153,7 @@ struct Metadata {
 Metadata new_metadata(const machmoe_layer& layer, const Tensor& like) {
   size_t metadata_bytes = 0, scratch_bytes = 0;
   check(machmoe_routing_bytes(&layer, 0, &metadata_bytes, &scratch_bytes));
-  Metadata m{{}, bytes(like, metadata_bytes), bytes(like, scratch_bytes), scratch_bytes};
+  Metadata m{{sizeof(machmoe_routing)}, bytes(like, metadata_bytes), bytes(like, scratch_bytes), scratch_bytes};
   check(machmoe_routing_carve(&layer, 0, m.memory.data_ptr(), &m.routing));
   return m;
 }
@@ -162,7 +162,7 @@ Metadata new_metadata(const machmoe_layer& layer, const Tensor& like) {
 struct Layer {
   machmoe_layer layer{};
   machmoe_weights weights{};
-  machmoe_routing routing{};
+  machmoe_routing routing{sizeof routing};
 };
 
 void check_last_stride(const Tensor& t, const char* name) {
@@ -293,7 +293,7 @@ Tensor token_round_backward(const Tensor& d_score, const Tensor& scores, const T
   const Launch launch(scores);
   const int64_t T = scores.size(0), E = scores.size(1);
   const machmoe_layer layer = routing_layer(scores, MACHMOE_F32, MACHMOE_LISTS, T, E, 0, expert.size(0));
-  machmoe_routing routing{};
+  machmoe_routing routing{sizeof routing};
   check(machmoe_routing_carve(&layer, 0, metadata.data_ptr(), &routing));
   routing.expert = static_cast<int32_t*>(data(expert));
   const Tensor d_scores = empty(scores, {T, E}, MACHMOE_F32);

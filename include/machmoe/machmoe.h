@@ -2,8 +2,8 @@
  *
  * Rules that hold for every call:
  *  - The caller owns all memory. Sizes come from the *_bytes functions, which are pure host functions of the descriptor.
- *  - Every descriptor starts with struct_size = sizeof(its type): older callers keep working with newer libraries.
- *    Zero-initialise descriptors; a zero field is "none" or the documented default.
+ *  - Every descriptor starts with struct_size = sizeof(its type), also one that a call fills: older callers keep working with newer libraries.
+ *    Zero-initialise descriptors and set struct_size, 0 is refused; any other zero field is "none" or the documented default.
  *  - Calls return a status. On failure machmoe_last_error() holds one sentence: the argument, what came, what was expected, the fix.
  *  - CUDA calls run on the current device and the given stream, never synchronise, and can be captured in a CUDA graph.
  *  - Tensors are row-major and contiguous unless a stride says otherwise; strides count elements.
@@ -156,6 +156,7 @@ MACHMOE_API machmoe_status machmoe_route_backward(const machmoe_route*, const ma
 
 /* ---- routing metadata ---------------------------------------------------------------------------------------------------- */
 MACHMOE_API machmoe_status machmoe_routing_bytes(const machmoe_layer*, int with_expert, size_t* metadata_bytes, size_t* workspace_bytes);
+/* out.struct_size says how much of it is written. */
 MACHMOE_API machmoe_status machmoe_routing_carve(const machmoe_layer*, int with_expert, void* metadata, machmoe_routing* out);
 /* ids [T, K] I32 or I64. Ids outside [0, E) are dropped; negative ids and duplicates are an error on the CPU. out.score is neither read nor written. */
 MACHMOE_API machmoe_status machmoe_routing_from_topk(const machmoe_layer*, const void* ids, int32_t ids_dtype, const machmoe_routing* out,

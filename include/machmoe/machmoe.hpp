@@ -210,6 +210,7 @@ class Layer {
     check(machmoe_routing_bytes(&descriptor_, 1, &bytes, &scratch_bytes));
     const Buffer memory(options_.allocator, bytes), scratch(options_.allocator, scratch_bytes);
     machmoe_routing views{};
+    views.struct_size = sizeof views;
     check(machmoe_routing_carve(&descriptor_, 1, memory.data(), &views));
     check(fill(views, scratch));
     return {views, memory};

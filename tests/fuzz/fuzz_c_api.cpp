@@ -60,7 +60,7 @@ void round_tokens(Input& in, machmoe_layer layer) {
     return;
   if (layer.T > kLimit || layer.row_capacity > kLimit || layer.E > 64) return;
   std::vector<uint8_t> metadata(metadata_bytes + 16), workspace(workspace_bytes + 16);
-  machmoe_routing routing{};
+  machmoe_routing routing{.struct_size = sizeof routing};
   if (!ok(machmoe_routing_carve(&layer, 1, metadata.data(), &routing))) return;
   const auto pairs = static_cast<size_t>(layer.T * layer.E);
   std::vector<float> scores(pairs), dscores(pairs, -1.f), dscore(static_cast<size_t>(layer.row_capacity), 1.f);
@@ -109,7 +109,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const size_t element = layer.dtype == MACHMOE_F64 ? 8 : layer.dtype == MACHMOE_F32 ? 4 : 2, accum = layer.dtype == MACHMOE_F64 ? 8 : 4;
   const auto bytes = [](int64_t count, size_t each) { return std::vector<uint8_t>(static_cast<size_t>(count) * each, 0); };
   std::vector<uint8_t> metadata(metadata_bytes + 16), scratch(scratch_bytes + 16);
-  machmoe_routing routing{};
+  machmoe_routing routing{.struct_size = sizeof routing};
   if (metadata_bytes == 0 || !ok(machmoe_routing_carve(&layer, 1, metadata.data(), &routing))) return 0;
   const auto R = static_cast<size_t>(layer.row_capacity);
   std::vector<int32_t> tokens(R), experts(R);
