@@ -33,6 +33,9 @@ machmoe_status guarded(F&& f) noexcept {
   } catch (const std::exception& e) {
     t_last_error = e.what();
     return MACHMOE_INTERNAL_ERROR;
+  } catch (...) {
+    t_last_error = "the callback of machmoe_set_runner threw what is no std::exception, expected nothing thrown: catch it there";
+    return MACHMOE_INTERNAL_ERROR;
   }
 }
 

@@ -74,5 +74,30 @@ TEST(Runner, IsUsedWhileItIsSetAndNoLonger) {
   machmoe_set_num_threads(0);
 }
 
+TEST(Runner, MayThrowAnything) {
+  machmoe_set_num_threads(2);
+  std::vector<int32_t> ids(512), counts(1);
+  std::vector<float> logits(512), weights(512);
+  const machmoe_route route{.struct_size = sizeof route,
+                            .T = 512,
+                            .E = 1,
+                            .K = 1,
+                            .logits = logits.data(),
+                            .ids = ids.data(),
+                            .weights = weights.data(),
+                            .counts = counts.data()};
+  const auto sentence_of = [&](machmoe_runner runner) {
+    machmoe_set_runner(runner);
+    EXPECT_EQ(MACHMOE_INTERNAL_ERROR, machmoe_route_forward(&route, nullptr, 0, nullptr));
+    return std::string(machmoe_last_error());
+  };
+  EXPECT_EQ(sentence_of([](int, void (*)(void*), void*) { throw std::runtime_error("no threads"); }), "no threads");
+  EXPECT_EQ(sentence_of([](int, void (*)(void*), void*) { throw 42; }),
+            "the callback of machmoe_set_runner threw what is no std::exception, expected nothing thrown: catch it there");
+  machmoe_set_runner(nullptr);
+  EXPECT_EQ(MACHMOE_OK, machmoe_route_forward(&route, nullptr, 0, nullptr));
+  machmoe_set_num_threads(0);
+}
+
 }  // namespace
 }  // namespace machmoe::cpu
