@@ -120,14 +120,16 @@ Routing routing_of(const machmoe_routing* routing) {
   return {r.slot, r.token, r.expert, r.score, r.counts, r.offsets, r.token_offsets, r.inverse, r.tiles};
 }
 
-ConstWeight view(const machmoe_matrix& m) { return {m.base, m.row_stride, m.expert_stride}; }
+// The expert_stride of one expert may be anything, that of a tensor map may not: row_stride takes its place.
+int64_t expert_stride(const machmoe_matrix& m, const Shape& s) { return s.E == 1 ? m.row_stride : m.expert_stride; }
+ConstWeight view(const machmoe_matrix& m, const Shape& s) { return {m.base, m.row_stride, expert_stride(m, s)}; }
 ConstBias view(const machmoe_vector& v) { return {v.base, v.stride, v.expert_stride}; }
-MutableWeight mutable_view(const machmoe_matrix& m) { return {m.base, m.row_stride, m.expert_stride}; }
+MutableWeight mutable_view(const machmoe_matrix& m, const Shape& s) { return {m.base, m.row_stride, expert_stride(m, s)}; }
 MutableBias mutable_view(const machmoe_vector& v) { return {v.base, v.stride, v.expert_stride}; }
 
-Weights weights_of(const machmoe_weights* weights) {
+Weights weights_of(const machmoe_weights* weights, const Shape& s) {
   const machmoe_weights w = read(weights, "weights");
-  return {view(w.w1_gate), view(w.w1_up), view(w.w2), view(w.b1_gate), view(w.b1_up), view(w.b2)};
+  return {view(w.w1_gate, s), view(w.w1_up, s), view(w.w2, s), view(w.b1_gate), view(w.b1_up), view(w.b2)};
 }
 
 void check_buffer(const Backend& backend, const void* buffer, const char* name) {
@@ -360,7 +362,7 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
     check_workspace(l.backend, workspace, bytes, forward_workspace(l.backend, l.shape));
     std::optional<TopkChoice> choice;
     if (f.from_topk) choice = {f.topk_ids, dtype_of(f.ids_dtype, "io.ids_dtype")};
-    forward(l.backend, {l.shape, routing_of(routing), weights_of(weights), f.x, f.addend, f.h, f.o, workspace, choice}, {stream});
+    forward(l.backend, {l.shape, routing_of(routing), weights_of(weights, l.shape), f.x, f.addend, f.h, f.o, workspace, choice}, {stream});
   });
 }
 
@@ -381,16 +383,16 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
     MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
                   phases);
     check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.dh != nullptr, phases));
-    const WeightGrads grads{mutable_view(g.dw1_gate),
-                            mutable_view(g.dw1_up),
-                            mutable_view(g.dw2),
+    const WeightGrads grads{mutable_view(g.dw1_gate, l.shape),
+                            mutable_view(g.dw1_up, l.shape),
+                            mutable_view(g.dw2, l.shape),
                             mutable_view(g.db1_gate),
                             mutable_view(g.db1_up),
                             mutable_view(g.db2),
                             dtype_of(g.grad_dtype, "io.grad_dtype"),
                             g.accumulate != 0};
     backward(l.backend,
-             {l.shape, routing_of(routing), weights_of(weights), g.x, g.h, g.d_o, g.addend, g.dx, g.dscore,
+             {l.shape, routing_of(routing), weights_of(weights, l.shape), g.x, g.h, g.d_o, g.addend, g.dx, g.dscore,
               dtype_of(g.dscore_dtype, "io.dscore_dtype"), grads, phases, workspace, g.dh},
              {stream});
   });

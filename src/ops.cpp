@@ -9,6 +9,7 @@ namespace machmoe {
 namespace {
 
 constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements of one expert: addresses of 2^20 experts stay within 64 bits
 
 bool is_float(DType t) { return t == DType::F32 || t == DType::BF16 || t == DType::F16 || t == DType::F64; }
 bool is_index(DType t) { return t == DType::I32 || t == DType::I64; }
@@ -20,30 +21,33 @@ void require_rows(const void* pointer, int64_t elements, const char* name) {
   if (elements > 0) require(pointer, name);
 }
 
-template <class View>
-void check_matrix(const View& w, int64_t rows, int64_t cols, const char* name) {
-  require(w.base, name);
-  MACHMOE_CHECK(w.row_stride >= cols, "{}.row_stride is {}, expected at least its {} columns: strides count elements", name, w.row_stride, cols);
-  MACHMOE_CHECK(w.expert_stride >= (rows - 1) * w.row_stride + cols, "{}.expert_stride is {}, expected at least {} for {} rows of stride {}", name,
-                w.expert_stride, (rows - 1) * w.row_stride + cols, rows, w.row_stride);
+// `count` pieces of `size` elements, `stride` apart, in each expert. One expert has no next one: its expert_stride may be anything.
+void check_strides(const Shape& s, int64_t count, int64_t size, int64_t stride, int64_t expert_stride, const char* name, const char* stride_name) {
+  MACHMOE_CHECK(stride >= size && stride <= kMaxStride / count, "{}.{} is {}, expected {} .. {}: strides count elements", name, stride_name, stride,
+                size, kMaxStride / count);
+  const int64_t extent = (count - 1) * stride + size;
+  MACHMOE_CHECK(s.E == 1 || (expert_stride >= extent && expert_stride <= kMaxStride), "{}.expert_stride is {}, expected {} .. {} beside a {} of {}",
+                name, expert_stride, extent, kMaxStride, stride_name, stride);
 }
 template <class View>
-void check_bias(const View& b, int64_t cols, const char* name) {
-  if (!b.base) return;
-  MACHMOE_CHECK(b.stride >= 1, "{}.stride is {}, expected at least 1", name, b.stride);
-  MACHMOE_CHECK(b.expert_stride >= (cols - 1) * b.stride + 1, "{}.expert_stride is {}, expected at least {} for {} columns of stride {}", name,
-                b.expert_stride, (cols - 1) * b.stride + 1, cols, b.stride);
+void check_matrix(const Shape& s, const View& w, int64_t rows, int64_t cols, const char* name) {
+  require(w.base, name);
+  check_strides(s, rows, cols, w.row_stride, w.expert_stride, name, "row_stride");
+}
+template <class View>
+void check_bias(const Shape& s, const View& b, int64_t cols, const char* name) {
+  if (b.base) check_strides(s, cols, 1, b.stride, b.expert_stride, name, "stride");
 }
 template <class View>
 void check_w1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
-  check_matrix(up, s.n, s.d, up_name);
-  if (s.act.gated()) check_matrix(gate, s.n, s.d, gate_name);
+  check_matrix(s, up, s.n, s.d, up_name);
+  if (s.act.gated()) check_matrix(s, gate, s.n, s.d, gate_name);
   else MACHMOE_CHECK(!gate.base, "{} is given, expected none: this activation has no gate, pass its weight as {}", gate_name, up_name);
 }
 template <class View>
 void check_b1(const Shape& s, const View& gate, const View& up, const char* gate_name, const char* up_name) {
-  check_bias(up, s.n, up_name);
-  check_bias(gate, s.n, gate_name);
+  check_bias(s, up, s.n, up_name);
+  check_bias(s, gate, s.n, gate_name);
   if (s.act.gated())
     MACHMOE_CHECK(!gate.base == !up.base, "{} is {} and {} is {}, expected both or none", gate_name, gate.base ? "given" : "null", up_name,
                   up.base ? "given" : "null");
@@ -211,8 +215,8 @@ void validate(const DownProjArgs& p) {
   check_routing(p.shape, p.routing);
   require_rows(p.a, p.shape.R_cap, "workspace");
   require_rows(p.y, p.shape.R_cap, "o");
-  check_matrix(p.w2, p.shape.d, p.shape.n, "w2");
-  check_bias(p.b2, p.shape.d, "b2");
+  check_matrix(p.shape, p.w2, p.shape.d, p.shape.n, "w2");
+  check_bias(p.shape, p.b2, p.shape.d, "b2");
 }
 
 void validate(const ScoreGradArgs& p) {
@@ -231,7 +235,7 @@ void validate(const AggregateArgs& p) {
   else check_routing(p.shape, p.routing);
   require_rows(p.y, p.shape.R_cap, "workspace");
   require_rows(p.out, p.shape.T, p.weighted ? "o" : "dx");
-  check_bias(p.b2, p.shape.d, "b2");
+  check_bias(p.shape, p.b2, p.shape.d, "b2");
 }
 
 void validate(const DownProjBwdArgs& p) {
@@ -239,8 +243,8 @@ void validate(const DownProjBwdArgs& p) {
   check_scored_routing(p.shape, p.routing);
   require_rows(p.d_o, p.shape.T, "d_o");
   require_rows(p.h, p.shape.R_cap, "h");
-  check_matrix(p.w2, p.shape.d, p.shape.n, "w2");
-  check_bias(p.b2, p.shape.d, "b2");
+  check_matrix(p.shape, p.w2, p.shape.d, p.shape.n, "w2");
+  check_bias(p.shape, p.b2, p.shape.d, "b2");
   require_rows(p.dh, p.shape.R_cap, "workspace");
 }
 
@@ -256,7 +260,7 @@ void validate(const WeightGradW2Args& p) {
   check_routing(p.shape, p.routing);
   check_grad_dtype(p.shape, p.out_dtype);
   require_rows(p.d_o, p.shape.T, "d_o");
-  check_matrix(p.dw2, p.shape.d, p.shape.n, "dw2");
+  check_matrix(p.shape, p.dw2, p.shape.d, p.shape.n, "dw2");
 }
 
 void validate(const WeightGradW1Args& p) {
@@ -273,7 +277,7 @@ void validate(const BiasGradArgs& p) {
   else check_routing(p.shape, p.routing);
   check_grad_dtype(p.shape, p.out_dtype);
   check_b1(p.shape, p.db1_gate, p.db1_up, "db1_gate", "db1_up");
-  check_bias(p.db2, p.shape.d, "db2");
+  check_bias(p.shape, p.db2, p.shape.d, "db2");
   require_rows(p.d_o, p.shape.T, "d_o");
 }
 

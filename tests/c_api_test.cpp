@@ -54,7 +54,7 @@ TEST(CApi, ACudaLayerWithoutAGpuSaysWhy) {
 
 // A valid forward call whose pieces a test can break.
 struct Call {
-  Problem p = make_problem({.name = "Call", .T = 6, .d = 8, .n = 8, .E = 3, .K = 2, .bias = true}, DType::F32);
+  Problem p;
   machmoe_layer layer = layer_of(p.shape);
   RoutingBuffer routing;
   WeightSet weights = weights_of(p);
@@ -65,7 +65,7 @@ struct Call {
   Buffer workspace{1 << 20};
   size_t workspace_bytes = workspace.size();
 
-  Call() {
+  explicit Call(int64_t E = 3, int64_t K = 2) : p(make_problem({.name = "Call", .T = 6, .d = 8, .n = 8, .E = E, .K = K, .bias = true}, DType::F32)) {
     build_routing(p, routing);
     backward.struct_size = sizeof backward;
     backward.x = p.x.data(), backward.h = h.data(), backward.d_o = p.d_o.data(), backward.dx = dx.data();
@@ -95,6 +95,11 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("w1_gate is null", [](Call& c) { c.weights.views.w1_gate.base = nullptr; });
   fails_with("w1_up.row_stride is 7", [](Call& c) { c.weights.views.w1_up.row_stride = 7; });
   fails_with("w2.expert_stride is 3", [](Call& c) { c.weights.views.w2.expert_stride = 3; });
+  constexpr int64_t kFar = int64_t{1} << 61;  // seven rows of it are more than 2^63
+  fails_with("w2.row_stride is 2305843009213693952, expected 8 .. 68719476736", [](Call& c) { c.weights.views.w2.row_stride = kFar; });
+  fails_with("w2.expert_stride is 2305843009213693952, expected 64 .. 549755813888", [](Call& c) { c.weights.views.w2.expert_stride = kFar; });
+  fails_with("b1_up.stride is 2305843009213693952", [](Call& c) { c.weights.views.b1_up.stride = kFar; });
+  fails_with("dw1_gate.row_stride is 2305843009213693952", [](Call& c) { c.backward.dw1_gate.row_stride = kFar; });
   fails_with("b1_gate is null and b1_up is given", [](Call& c) { c.weights.views.b1_gate.base = nullptr; });
   fails_with("this activation has no gate", [](Call& c) { c.layer.activation = MACHMOE_GELU; });
   fails_with("activation is 99", [](Call& c) { c.layer.activation = 99; });
@@ -115,6 +120,24 @@ TEST(CApi, NamesTheArgumentThatIsWrong) {
   fails_with("db1_gate is given and db1_up is null", [](Call& c) { c.backward.db1_up = {}, c.backward.db2 = {}; });
   fails_with("db1_gate is null and db1_up is given", [](Call& c) { c.backward.db1_gate = {}; });
   fails_with("io.grad_dtype is 17", [](Call& c) { c.backward.grad_dtype = 17; });
+}
+
+TEST(CApi, OneExpertMayHaveAnyExpertStride) {
+  Call usual(1, 1);
+  ASSERT_EQ(MACHMOE_OK, usual.run_forward()) << machmoe_last_error();
+  ASSERT_EQ(MACHMOE_OK, usual.run_backward()) << machmoe_last_error();
+  for (const int64_t stride : {int64_t{0}, int64_t{1}, int64_t{-8}, INT64_MAX}) {
+    Call c(1, 1);
+    machmoe_weights& w = c.weights.views;
+    machmoe_backward_io& g = c.backward;
+    for (machmoe_matrix* m : {&w.w1_gate, &w.w1_up, &w.w2, &g.dw1_gate, &g.dw1_up, &g.dw2}) m->expert_stride = stride;
+    for (machmoe_vector* v : {&w.b1_gate, &w.b1_up, &w.b2, &g.db1_gate, &g.db1_up, &g.db2}) v->expert_stride = stride;
+    ASSERT_EQ(MACHMOE_OK, c.run_forward()) << machmoe_last_error();
+    ASSERT_EQ(MACHMOE_OK, c.run_backward()) << machmoe_last_error();
+    EXPECT_TRUE(c.o == usual.o && c.dx == usual.dx && c.grads.w1 == usual.grads.w1 && c.grads.w2 == usual.grads.w2 && c.grads.b1 == usual.grads.b1 &&
+                c.grads.b2 == usual.grads.b2)
+        << stride;
+  }
 }
 
 TEST(CApi, NoDescriptorIsShorterThanInTheFirstVersion) {

@@ -80,7 +80,7 @@ typedef struct machmoe_layer {
   int64_t row_capacity;  /* TOPK: T K */
 } machmoe_layer;
 
-/* Element (e, i, j) of an [E, rows, cols] weight: base[e expert_stride + i row_stride + j].
+/* Element (e, i, j) of an [E, rows, cols] weight: base[e expert_stride + i row_stride + j]. E = 1: expert_stride may be anything, as in a vector.
  * W1 concatenated [E, 2n, d]: gate {w, d, 2nd}, up {w + n d, d, 2nd}. Interleaved (row 2i gate, 2i + 1 up): gate {w, 2d, 2nd}, up {w + d, 2d, 2nd}. */
 typedef struct machmoe_matrix {
   void* base;
