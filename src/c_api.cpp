@@ -144,6 +144,9 @@ void check_workspace(const Backend& backend, const void* workspace, size_t bytes
   MACHMOE_CHECK(workspace || needed == 0, "workspace is null, expected {} bytes", needed);
   check_buffer(backend, workspace, "workspace");
 }
+void check_phases(uint32_t phases) {
+  MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)", phases);
+}
 template <class T>
 T& out(T* pointer, const char* name) {
   MACHMOE_CHECK(pointer, "{} is null, expected the address of the result", name);
@@ -158,7 +161,10 @@ struct Router {
 };
 Router router_of(const machmoe_route* route) {
   const machmoe_route r = read(route, "route");
-  return {r, static_cast<RouterKind>(r.router), dtype_of(r.logits_dtype, "route.logits_dtype"), backend_for(device_of(r.device))};
+  const auto kind = static_cast<RouterKind>(r.router);
+  const DType dtype = dtype_of(r.logits_dtype, "route.logits_dtype");
+  validate_router(r.T, r.E, r.K, kind, dtype);
+  return {r, kind, dtype, backend_for(device_of(r.device))};
 }
 TopkArgs topk_args(const Router& r, void* scratch) {
   const machmoe_route& p = r.route;
@@ -225,7 +231,6 @@ machmoe_status machmoe_route_forward(const machmoe_route* route, void* workspace
   return guarded([&] {
     const Router r = router_of(route);
     const TopkArgs args = topk_args(r, workspace);
-    validate(args);
     check_workspace(r.backend, workspace, bytes, r.backend.topk_scratch(args.T, args.E, args.K));
     r.backend.topk(args, {stream});
   });
@@ -369,6 +374,7 @@ machmoe_status machmoe_forward(const machmoe_layer* layer, const machmoe_routing
 machmoe_status machmoe_backward_workspace_bytes(const machmoe_layer* layer, int with_dh, uint32_t phases, size_t* bytes) {
   return guarded([&] {
     const Layer l = experts_layer(layer);
+    check_phases(phases);
     out(bytes, "bytes") = backward_workspace(l.backend, l.shape, with_dh != 0, phases);
   });
 }
@@ -380,8 +386,7 @@ machmoe_status machmoe_backward(const machmoe_layer* layer, const machmoe_routin
     const machmoe_backward_io g = read(io, "io");
     MACHMOE_CHECK(l.shape.kind != RoutingKind::Rows || !g.addend,
                   "io.addend is given, expected null with dispatched rows (ROWS): add it to the result");
-    MACHMOE_CHECK(phases >= 1 && phases <= kPhaseAll, "phases is {}, expected a sum of MACHMOE_PHASE_ACTIVATION (1), WEIGHT (2) and INPUT (4)",
-                  phases);
+    check_phases(phases);
     check_workspace(l.backend, workspace, bytes, backward_workspace(l.backend, l.shape, g.dh != nullptr, phases));
     const WeightGrads grads{mutable_view(g.dw1_gate, l.shape),
                             mutable_view(g.dw1_up, l.shape),

@@ -82,22 +82,22 @@ void check_grad_dtype(const Shape& s, DType dtype) {
                 static_cast<int>(dtype), static_cast<int>(s.dtype));
 }
 
-void check_router(int64_t T, int64_t E, int64_t K, RouterKind kind, DType dtype) {
-  MACHMOE_CHECK(T >= 0 && T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", T);
-  MACHMOE_CHECK(E >= 1 && E <= kMaxIndex, "E is {}, expected at least 1 expert", E);
-  MACHMOE_CHECK(K >= 1 && K <= E, "K is {}, expected 1 .. E = {}: a token cannot choose an expert twice", K, E);
-  MACHMOE_CHECK(T * K <= kMaxIndex, "T K is {}, expected at most 2^31 - 1 rows: split the batch", T * K);
-  MACHMOE_CHECK(kind == RouterKind::TopkSoftmax || kind == RouterKind::SoftmaxTopk || kind == RouterKind::SoftmaxTopkNorm,
-                "router is {}, expected a machmoe_router value", static_cast<int>(kind));
-  MACHMOE_CHECK(is_float(dtype), "logits_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(dtype));
-}
-
 }  // namespace
 
 void check_scores(const Shape& s, const Routing& r) {
   if (s.kind == RoutingKind::TopK)
     MACHMOE_CHECK(r.score || s.R_cap == 0, "routing.score is null, expected the top-K weights [T, K] in {}: set it, a carved routing has none",
                   s.accum() == DType::F64 ? "F64" : "F32");
+}
+
+void validate_router(int64_t T, int64_t E, int64_t K, RouterKind kind, DType logits_dtype) {
+  MACHMOE_CHECK(T >= 0 && T <= kMaxIndex, "T is {}, expected 0 .. 2^31 - 1 tokens", T);
+  MACHMOE_CHECK(E >= 1 && E <= kMaxIndex, "E is {}, expected at least 1 expert", E);
+  MACHMOE_CHECK(K >= 1 && K <= E, "K is {}, expected 1 .. E = {}: a token cannot choose an expert twice", K, E);
+  MACHMOE_CHECK(T * K <= kMaxIndex, "T K is {}, expected at most 2^31 - 1 rows: split the batch", T * K);
+  MACHMOE_CHECK(kind == RouterKind::TopkSoftmax || kind == RouterKind::SoftmaxTopk || kind == RouterKind::SoftmaxTopkNorm,
+                "router is {}, expected a machmoe_router value", static_cast<int>(kind));
+  MACHMOE_CHECK(is_float(logits_dtype), "logits_dtype is {}, expected F32, BF16, F16 or F64", static_cast<int>(logits_dtype));
 }
 
 void validate_routing(const Shape& s) {
@@ -183,7 +183,7 @@ void validate(const TokenRoundBackwardArgs& p) {
 }
 
 void validate(const TopkArgs& p) {
-  check_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
+  validate_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
   require_rows(p.logits, p.T, "logits");
   require_rows(p.ids, p.T, "ids");
   require_rows(p.weights, p.T, "weights");
@@ -191,7 +191,7 @@ void validate(const TopkArgs& p) {
 }
 
 void validate(const TopkBackwardArgs& p) {
-  check_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
+  validate_router(p.T, p.E, p.K, p.kind, p.logits_dtype);
   require_rows(p.logits, p.T, "logits");
   require_rows(p.ids, p.T, "ids");
   require_rows(p.weights, p.T, "weights");

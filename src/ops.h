@@ -219,6 +219,7 @@ struct BiasGradArgs {  // db1_e = sum dH, db2_e = sum s dO; a null base skips th
   bool accumulate;
 };
 
+void validate_router(int64_t T, int64_t E, int64_t K, RouterKind, DType logits_dtype);
 void check_scores(const Shape&, const Routing&);  // top-K weights are given
 void validate_routing(const Shape&);              // T, E, K, R_cap and kind: what routing metadata depends on
 void validate(const Shape&);                      // ... and d, n, dtype, activation

@@ -202,10 +202,14 @@ TEST(CApi, WithoutWeightsNothingIsWritten) {
 
 TEST(CApi, PhasesAreASumOfTheThree) {
   Call c;
-  for (uint32_t phases : {0u, 8u})
+  size_t bytes = 0;
+  for (uint32_t phases : {0u, 8u}) {
     EXPECT_EQ(MACHMOE_INVALID_ARGUMENT,
               machmoe_backward(&c.layer, &c.routing.views, &c.weights.views, &c.backward, phases, c.workspace.data(), c.workspace_bytes, nullptr));
-  EXPECT_THAT(machmoe_last_error(), HasSubstr("phases is 8"));
+    EXPECT_THAT(machmoe_last_error(), HasSubstr(fmt::format("phases is {}", phases)));
+    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_backward_workspace_bytes(&c.layer, 0, phases, &bytes));
+    EXPECT_THAT(machmoe_last_error(), HasSubstr(fmt::format("phases is {}", phases)));
+  }
 }
 
 // One field of one descriptor is overwritten with a hostile value before each call. Values that stay valid may succeed.

@@ -126,5 +126,21 @@ TEST(Router, GradientsMatchFiniteDifferences) {
   }
 }
 
+TEST(Router, ABadDescriptorHasNoWorkspace) {
+  const auto fails_with = [](const char* words, auto&& mutate) {
+    machmoe_route r{.struct_size = sizeof r, .T = 5, .E = 4, .K = 2};
+    size_t bytes = 0;
+    ASSERT_EQ(MACHMOE_OK, machmoe_route_workspace_bytes(&r, &bytes)) << machmoe_last_error();
+    mutate(r);
+    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_route_workspace_bytes(&r, &bytes));
+    EXPECT_THAT(machmoe_last_error(), testing::HasSubstr(words));
+  };
+  fails_with("T is -5", [](machmoe_route& r) { r.T = -5; });
+  fails_with("E is -1", [](machmoe_route& r) { r.E = -1; });
+  fails_with("K is 77, expected 1 .. E = 4", [](machmoe_route& r) { r.K = 77; });
+  fails_with("router is 99", [](machmoe_route& r) { r.router = 99; });
+  fails_with("logits_dtype is 4", [](machmoe_route& r) { r.logits_dtype = MACHMOE_I32; });
+}
+
 }  // namespace
 }  // namespace machmoe::test
