@@ -245,6 +245,8 @@ machmoe_status machmoe_route_backward(const machmoe_route* route, const machmoe_
     TopkBackwardArgs args{p.T,      p.E,        p.K,     r.kind, p.logits, r.dtype, p.ids,  p.weights,
                           p.counts, g.dweights, nullptr, 0,      nullptr,  0,       g.daux, g.dlogits};
     if (!g.dweights) {
+      const int32_t device = read(layer, "layer").device;
+      MACHMOE_CHECK(device == p.device, "layer.device is {}, expected that of the route, {}: its kernel reads dS", device, p.device);
       const Layer l = experts_layer(layer);
       MACHMOE_CHECK(l.shape.kind == RoutingKind::TopK && l.shape.T == p.T && l.shape.K == p.K && l.shape.E == p.E,
                     "layer has (T, K, E) = ({}, {}, {}), expected the router's ({}, {}, {}) and TOPK routing", l.shape.T, l.shape.K, l.shape.E, p.T,

@@ -126,6 +126,19 @@ TEST(Router, GradientsMatchFiniteDifferences) {
   }
 }
 
+TEST(Router, DSLiesOnTheDeviceOfTheRouter) {
+  const RouterCase c{5, 4, 2, MACHMOE_TOPK_SOFTMAX, DType::F32};
+  const Tensor logits = Random(6).tensor(c.dtype, c.T * c.E);
+  Tensor dlogits(c.dtype, logits.size());
+  Routed saved;
+  const machmoe_route r = descriptor(c, logits, saved);
+  const machmoe_route_grad grad{sizeof grad, nullptr, nullptr, dlogits.data()};
+  machmoe_layer layer = layer_of({.T = c.T, .d = 8, .n = 8, .E = c.E, .K = c.K, .R_cap = c.T * c.K, .dtype = c.dtype});
+  layer.device = MACHMOE_CUDA;
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_route_backward(&r, &grad, &layer, nullptr, nullptr, nullptr));
+  EXPECT_THAT(machmoe_last_error(), testing::HasSubstr("layer.device is 1, expected that of the route, 0"));
+}
+
 TEST(Router, ABadDescriptorHasNoWorkspace) {
   const auto fails_with = [](const char* words, auto&& mutate) {
     machmoe_route r{.struct_size = sizeof r, .T = 5, .E = 4, .K = 2};
