@@ -184,6 +184,16 @@ TEST(CApi, CarveWritesWhatTheCallerKnows) {
   EXPECT_NE(out.counts, nullptr);
 }
 
+TEST(CApi, WorkspaceAndMetadataAreAligned) {
+  Call c;
+  void* const shifted = static_cast<std::byte*>(c.workspace.data()) + 8;
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT,
+            machmoe_forward(&c.layer, &c.routing.views, &c.weights.views, &c.forward, shifted, c.workspace_bytes - 8, nullptr));
+  EXPECT_THAT(machmoe_last_error(), testing::ContainsRegex("workspace is at .*8, expected an address that is a multiple of 16 bytes"));
+  EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_routing_carve(&c.layer, 1, shifted, &c.routing.views));
+  EXPECT_THAT(machmoe_last_error(), testing::ContainsRegex("metadata is at .*8, expected an address that is a multiple of 16 bytes"));
+}
+
 TEST(CApi, TheBackwardReadsTheWeightsAgain) {
   Call c;
   ASSERT_EQ(MACHMOE_OK, c.run_forward());

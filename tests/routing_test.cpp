@@ -121,6 +121,19 @@ TEST(Routing, ListsRejectBadTokensAndDuplicates) {
   EXPECT_EQ(MACHMOE_OK, run({0, 1, 9, 2}, {0, 2, 3, 0})) << "the token of a dropped pair is not read";
 }
 
+TEST(Routing, ReadyMadeListsNameTokensOfTheLayer) {
+  Problem p = make_problem({.name = "Lists", .T = 4, .E = 3, .K = 1, .kind = RoutingKind::Lists}, DType::F32);
+  RoutingBuffer b;
+  ASSERT_NO_FATAL_FAILURE(build_routing(p, b));
+  const machmoe_layer layer = layer_of(p.shape);
+  EXPECT_EQ(MACHMOE_OK, machmoe_routing_complete(&layer, &b.views, nullptr, 0, nullptr)) << machmoe_last_error();
+  for (int32_t token : {-1, 4}) {
+    b.views.token[0] = token;
+    EXPECT_EQ(MACHMOE_INVALID_ARGUMENT, machmoe_routing_complete(&layer, &b.views, nullptr, 0, nullptr));
+    EXPECT_THAT(machmoe_last_error(), HasSubstr(fmt::format("token[0] is {}, expected a token in 0 .. 3", token)));
+  }
+}
+
 TEST(Routing, CountsMayNotExceedTheRows) {
   Problem p = make_problem({.name = "Rows", .T = 4, .E = 2, .K = 1, .kind = RoutingKind::Rows}, DType::F32);
   RoutingBuffer b;

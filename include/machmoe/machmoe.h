@@ -7,6 +7,7 @@
  *  - Calls return a status. On failure machmoe_last_error() holds one sentence: the argument, what came, what was expected, the fix.
  *  - CUDA calls run on the current device and the given stream, never synchronise, and can be captured in a CUDA graph.
  *  - Tensors are row-major and contiguous unless a stride says otherwise; strides count elements.
+ *  - Workspaces and metadata are aligned to 256 bytes on CUDA, to 16 on the CPU. What else CUDA wants aligned says the comment of the field.
  * Symbols are those of arXiv 2512.14080: X, W1, H, A, W2, Y, O, S; T tokens, d hidden, n intermediate, E experts, K active. */
 #ifndef MACHMOE_H
 #define MACHMOE_H
@@ -81,6 +82,7 @@ typedef struct machmoe_layer {
 } machmoe_layer;
 
 /* Element (e, i, j) of an [E, rows, cols] weight: base[e expert_stride + i row_stride + j]. E = 1: expert_stride may be anything, as in a vector.
+ * CUDA: base and strides are multiples of 16 bytes.
  * W1 concatenated [E, 2n, d]: gate {w, d, 2nd}, up {w + n d, d, 2nd}. Interleaved (row 2i gate, 2i + 1 up): gate {w, 2d, 2nd}, up {w + d, 2d, 2nd}. */
 typedef struct machmoe_matrix {
   void* base;
@@ -102,11 +104,11 @@ typedef struct machmoe_weights {
 
 /* Routing metadata: views into one buffer of machmoe_routing_bytes(), or the caller's own arrays (LISTS, ROWS: then call machmoe_routing_complete).
  * Rows are grouped by expert. TOPK: machmoe_routing_carve leaves score null. Set it to the top-K weights, which must live, unchanged, until the last
- * backward. */
+ * backward. CUDA: every array is aligned to 16 bytes. */
 typedef struct machmoe_routing {
   size_t struct_size;
   int32_t* slot;          /* TOPK [row_capacity] row -> slot, ascending inside one expert */
-  int32_t* token;         /* LISTS [row_capacity] row -> token, ascending inside one expert */
+  int32_t* token;         /* LISTS [row_capacity] row -> token in [0, T), ascending inside one expert */
   int32_t* expert;        /* [row_capacity] row -> expert; optional output, read by machmoe_token_round_backward alone */
   void* score;            /* F32 (F64). TOPK [T, K]; else [row_capacity] in row order, null with ROWS: 1 */
   int32_t* counts;        /* [E] rows of each expert; R = their sum, on the device */
@@ -166,7 +168,8 @@ MACHMOE_API machmoe_status machmoe_routing_from_lists(const machmoe_layer*, cons
                                                       const void* scores,
                                                       int32_t* order /* [row_capacity] row -> list position, -1 past R; optional */,
                                                       const machmoe_routing* out, void* workspace, size_t bytes, void* stream);
-/* ROWS, or ready-made arrays: offsets (and tiles) from counts; LISTS also token_offsets and inverse from token. */
+/* ROWS, or ready-made arrays: offsets (and tiles) from counts; LISTS also token_offsets and inverse from token, whose
+ * values in rows below R must lie in [0, T). */
 MACHMOE_API machmoe_status machmoe_routing_complete(const machmoe_layer*, const machmoe_routing* io, void* workspace, size_t bytes, void* stream);
 
 /* Token rounding: top-K of the scores, then each expert's rows rounded to a multiple of `tile` by dropping its worst pairs or adding
@@ -192,7 +195,7 @@ MACHMOE_API machmoe_status machmoe_token_round_backward(const machmoe_layer*, in
 /* ---- experts ------------------------------------------------------------------------------------------------------------- */
 typedef struct machmoe_forward_io {
   size_t struct_size;
-  const void* x;      /* [T, d] */
+  const void* x;      /* [T, d]; CUDA: x, addend, h and o are aligned to 16 bytes */
   const void* addend; /* [T, d] added to O, optional; not with ROWS */
   void* h;            /* [row_capacity, 2 or 1, n] saved for the backward; null: inference or recompute */
   void* o;            /* [T, d]; ROWS: [row_capacity, d], rows past R are zero */
@@ -211,7 +214,7 @@ MACHMOE_API machmoe_status machmoe_forward(const machmoe_layer*, const machmoe_r
 enum { MACHMOE_PHASE_ACTIVATION = 1, MACHMOE_PHASE_WEIGHT = 2, MACHMOE_PHASE_INPUT = 4, MACHMOE_PHASE_ALL = 7 };
 typedef struct machmoe_backward_io {
   size_t struct_size;
-  const void* x;                        /* [T, d] */
+  const void* x;                        /* [T, d]; CUDA: x, h, d_o, addend, dx and dh are aligned to 16 bytes */
   const void* h;                        /* from the forward; null: recomputed from x */
   const void* d_o;                      /* [T, d] */
   const void* addend;                   /* [T, d] added to dX, optional; not with ROWS */
