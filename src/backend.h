@@ -5,8 +5,6 @@
 namespace machmoe {
 
 struct Backend {
-  const char* name;
-
   // Pure host functions of the shape.
   size_t (*index_scratch)(const Shape&);                    // bytes for the three index ops
   size_t (*topk_scratch)(int64_t T, int64_t E, int64_t K);  // bytes for topk

@@ -69,7 +69,4 @@ const void* backward_ds_parts(const Backend&, const Shape&, void* workspace);
 size_t routing_bytes(const Backend&, const Shape&, bool with_expert);
 Routing carve_routing(const Backend&, const Shape&, bool with_expert, void* buffer);
 
-// R_cap of token rounding and of top-K; pure host functions (DESIGN: routing is one struct of fixed capacity).
-inline int64_t topk_capacity(int64_t T, int64_t K) { return T * K; }
-
 }  // namespace machmoe

@@ -22,7 +22,6 @@ void check_shape(const Shape& s) {
 
 const Backend& cpu_backend() {
   static constexpr Backend table = {
-      .name = "cpu",
       .index_scratch = [](const Shape& s) { return cpu::index_scratch(s); },
       .topk_scratch = [](int64_t T, int64_t E, int64_t K) { return cpu::topk_scratch(T, E, K); },
       .tiles_bytes = [](const Shape&) { return int64_t{0}; },

@@ -42,7 +42,6 @@ const std::string& gpu_problem() {
 
 const Backend* cuda_backend() {
   static constexpr Backend table = {
-      .name = "cuda",
       .index_scratch = cuda::index_scratch,
       .topk_scratch = cuda::topk_scratch,
       .tiles_bytes = [](const Shape& s) { return static_cast<int64_t>(cuda::work_bytes(s.R_cap, s.E)); },
