@@ -1,0 +1,28 @@
+# Whether the CUDA backend is built, MACHMOE_HAS_CUDA: decided anew at every configure, so that a build folder sees an nvcc that came after it.
+set(MACHMOE_CUDA AUTO CACHE STRING "The CUDA backend: AUTO builds it where nvcc is found, ON demands nvcc, OFF leaves the backend out")
+set_property(CACHE MACHMOE_CUDA PROPERTY STRINGS AUTO ON OFF)
+if(NOT MACHMOE_CUDA)
+  message(STATUS "CUDA backend: no, MACHMOE_CUDA is ${MACHMOE_CUDA}")
+  return()
+endif()
+
+find_program(CMAKE_CUDA_COMPILER NAMES $ENV{CUDACXX} nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
+set(problem "")
+if(NOT CMAKE_CUDA_COMPILER)
+  set(problem "CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda have no nvcc")
+endif()
+if(problem AND MACHMOE_CUDA STREQUAL "AUTO")
+  message(STATUS "CUDA backend: no, ${problem}")
+  return()
+elseif(problem)
+  message(FATAL_ERROR "MACHMOE_CUDA is ${MACHMOE_CUDA}, but ${problem}. Name one with -DCMAKE_CUDA_COMPILER=/path/to/nvcc, or leave the backend out with -DMACHMOE_CUDA=OFF.")
+endif()
+
+set(MACHMOE_HAS_CUDA ON)
+set(CMAKE_CUDA_COMPILER ${CMAKE_CUDA_COMPILER} CACHE FILEPATH "nvcc, kept by this build folder as every compiler is")
+enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)   # CMake 3.25 does not know that nvcc has C++20
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+endif()
+message(STATUS "CUDA backend: yes, ${CMAKE_CUDA_COMPILER} of CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
