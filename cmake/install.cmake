@@ -1,13 +1,21 @@
-# The C and C++ package: library, headers, find_package(machmoe CONFIG) and pkg-config. Relocatable.
+# The C and C++ package: library, headers, find_package(machmoe CONFIG) and pkg-config. Relocatable, unless CMAKE_INSTALL_LIBDIR is absolute.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 set(MACHMOE_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/machmoe)
-install(TARGETS machmoe EXPORT machmoe-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(TARGETS machmoe EXPORT machmoe-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(DIRECTORY include/machmoe DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 install(EXPORT machmoe-targets NAMESPACE machmoe:: DESTINATION ${MACHMOE_PACKAGE_DIR} FILE machmoe-config.cmake)
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/machmoe-config-version.cmake COMPATIBILITY SameMajorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/machmoe-config-version.cmake DESTINATION ${MACHMOE_PACKAGE_DIR})
 
-file(RELATIVE_PATH MACHMOE_PREFIX_FROM_PC /prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig /prefix)
+set(prefix ${CMAKE_INSTALL_PREFIX})
+if(NOT IS_ABSOLUTE ${CMAKE_INSTALL_LIBDIR})
+  file(RELATIVE_PATH up /prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig /prefix)
+  set(prefix \${pcfiledir}/${up})
+endif()
+set(libdir \${prefix})
+set(includedir \${prefix})
+cmake_path(APPEND libdir ${CMAKE_INSTALL_LIBDIR})   # an absolute path replaces the prefix
+cmake_path(APPEND includedir ${CMAKE_INSTALL_INCLUDEDIR})
 configure_file(cmake/machmoe.pc.in machmoe.pc @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/machmoe.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
