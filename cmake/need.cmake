@@ -1,0 +1,12 @@
+# machmoe_need(PACKAGE TARGET DEBIAN [OPTION]): find_package, or a sentence that says what to install and which option does without it.
+function(machmoe_need package target debian)
+  find_package(${package} QUIET)
+  if(TARGET ${target})
+    return()
+  endif()
+  set(otherwise "")
+  if(ARGN)
+    set(otherwise "; -D${ARGN}=OFF does without it")
+  endif()
+  message(FATAL_ERROR "${target} was not found: install ${package} (Debian, Ubuntu: ${debian}) or name its folder with -D${package}_ROOT=/path${otherwise}.")
+endfunction()
