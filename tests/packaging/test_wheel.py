@@ -29,14 +29,20 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    """Built from the unpacked sdist; without CUDA, which changes nothing in how it is packed."""
+def source(tmp_path_factory):
+    """The unpacked sdist."""
     folder = tmp_path_factory.mktemp("dist")
     code = f"from scikit_build_core.build import build_sdist; build_sdist({str(folder)!r})"
     run(sys.executable, "-c", code, cwd=ROOT)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
-    source = next(path for path in folder.iterdir() if path.is_dir())
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="session")
+def wheel(source):
+    """Built from the sdist; without CUDA, which changes nothing in how it is packed."""
+    folder = source.parent
     options = ("--no-build-isolation", "--no-deps", "--config-settings=cmake.define.MACHMOE_CUDA=OFF")
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, source, cwd=folder)
     return next(folder.glob("*.whl"))
@@ -44,6 +50,10 @@ def wheel(tmp_path_factory):
 
 def test_the_tag_fits_every_python_3(wheel):
     assert wheel.name == "machmoe-0.1.0-py3-none-linux_x86_64.whl"
+
+
+def test_the_build_leaves_the_sources_alone(source, wheel):
+    assert not list((source / "python").rglob("*.so*"))
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
