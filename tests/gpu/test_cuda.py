@@ -190,6 +190,27 @@ def test_dispatched_rows():
         t["x"], counts.to(t["x"].device), t["w1"], t["w2"], row_scores=t["weights"], b1=t["b1"], b2=t["b2"]))  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_is_seen_through_every_activation(activation):
+    v = on_gpu(leaves(300, 64, 64, 4, 2, gated=ACTIVATIONS.index(activation) < 4))
+    with torch.no_grad():
+        v["x"][7, 5] = math.nan
+    out = machmoe.experts(v["x"], v["w1"], v["w2"], torch.rand(300, 4).topk(2).indices.to(CUDA), v["weights"], activation=activation)
+    (dx,) = torch.autograd.grad(out[7].sum(), v["x"])
+    others = torch.arange(300, device=CUDA) != 7
+    assert out[7].isnan().all() and out[others].isfinite().all() and dx[7].isnan().any()
+
+
+def test_one_expert_may_have_any_stride():
+    v = on_gpu(leaves(300, 64, 96, 1, 1))
+    ids = torch.zeros(300, 1, dtype=torch.int32, device=CUDA)
+    w1, w2 = (v[name].detach().as_strided(v[name].shape, (13, v[name].shape[2], 1)).requires_grad_() for name in ("w1", "w2"))
+    out, want = (machmoe.experts(v["x"], *w, ids, v["weights"]) for w in ((w1, w2), (v["w1"], v["w2"])))
+    assert torch.equal(out, want)
+    got, expected = torch.autograd.grad(out.sum(), (w1, w2)), torch.autograd.grad(want.sum(), (v["w1"], v["w2"]))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_counts_that_add_up_beyond_every_integer_are_cut_off():
     v = on_gpu(leaves(700, 128, 64, 3, 1))
     rows, w1, w2 = v["x"], v["w1"], v["w2"]
