@@ -33,7 +33,8 @@ inline std::shared_ptr<void> edge_memory(size_t bytes) {
   MACHMOE_CUDA_CALL(cudaGetDevice(&device));
   CUmemAllocationProp prop{};
   prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+  prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  prop.location.id = device;
   size_t page = 0;
   call(granularity_of(&page, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
   const size_t size = (bytes + page - 1) / page * page;
