@@ -20,7 +20,7 @@ void launch(const DownProjArgs& a, Stream stream) {
       tensor_map<bf16>(a.w2.base, {n, d, E}, {2ull * a.w2.row_stride, 2ull * a.w2.expert_stride}, {kBlockK, R::kColumns / 2, 1}, 128);
   p.weights.step = R::kColumns;
   p.weights.second = R::kColumns / 2;
-  p.epilogue.y = ragged_store_map(a.y, R_cap, 1, d, {Epilogue::kBox});
+  p.epilogue.y = ragged_map(a.y, R_cap, 1, d, {Epilogue::kBox});
   p.epilogue.d = static_cast<int>(d);
   if constexpr (kScaled) {
     p.epilogue.score = static_cast<const float*>(a.routing.score);

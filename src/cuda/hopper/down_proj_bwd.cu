@@ -26,7 +26,7 @@ struct ActivationGradEpilogue {
   static constexpr int kNoteBytes = HeldTiles::kBytes + 2 * 64 + 16;                         // tiles, the scores (before: slots) of two, a barrier
   struct Params {
     CUtensorMap h;            // [planes][R_cap][n], box {64, 8, planes}
-    CUtensorMap dh, a_prime;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n], 8 rows and all planes a box
+    CUtensorMap dh, a_prime;  // ragged_map of [R_cap, planes, n] and [R_cap, 1, n], 8 rows and all planes a box
     const int* slot;          // TopK: row -> place of its score; else null: the row
     const float* score;       // null: 1
     float* ds;                // [column tiles][R_cap]
@@ -227,8 +227,8 @@ void down_proj_bwd(const DownProjBwdArgs& a, Stream stream) {
       auto& e = p.epilogue;
       const auto boxed = static_cast<uint32_t>(planes);
       e.h = tensor_map<bf16>(a.h, {n, R, planes}, {pitch, 2 * n}, {Epilogue::kColumns, Epilogue::kRows, boxed}, 128);
-      e.dh = ragged_store_map(a.dh, R, planes, n, {Epilogue::kColumns, Epilogue::kRows, boxed});
-      e.a_prime = ragged_store_map(a.a_prime, R, 1, n, {Epilogue::kColumns, Epilogue::kRows, 1});
+      e.dh = ragged_map(a.dh, R, planes, n, {Epilogue::kColumns, Epilogue::kRows, boxed});
+      e.a_prime = ragged_map(a.a_prime, R, 1, n, {Epilogue::kColumns, Epilogue::kRows, 1});
       e.slot = a.routing.slot;
       e.score = static_cast<const float*>(a.routing.score);
       e.ds = static_cast<float*>(a.ds_parts);

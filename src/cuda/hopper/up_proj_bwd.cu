@@ -19,7 +19,7 @@ void up_proj_bwd(const UpProjBwdArgs& a, Stream stream) {
   for (int i = 0; i < 2; i++)
     p.weights.plane[i] = tensor_map<bf16>(w1[i].base, {d, n, E}, {2ull * w1[i].row_stride, 2ull * w1[i].expert_stride}, {64, kBlockK, 1}, 128);
   p.weights.blocks = blocks;
-  p.epilogue.y = ragged_store_map(a.dx_rows, R_cap, 1, d, {Epilogue::kBox});
+  p.epilogue.y = ragged_map(a.dx_rows, R_cap, 1, d, {Epilogue::kBox});
   p.epilogue.d = static_cast<int>(d);
   if (s.kind == RoutingKind::Rows)
     p.unused = {static_cast<uint4*>(a.dx_rows), &work_list(a.routing.tiles, s.E).header->rows, static_cast<int>(R_cap), static_cast<int>(d / 8)};

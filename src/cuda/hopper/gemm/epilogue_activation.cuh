@@ -30,7 +30,7 @@ struct ActivationEpilogue {
   static constexpr int kStagingBytes = RowStore::kBytes, kNoteBytes = HeldTiles::kBytes;
 
   struct Params {
-    CUtensorMap h, a;  // ragged_store_map of [R_cap, planes, n] and [R_cap, 1, n]
+    CUtensorMap h, a;  // ragged_map of [R_cap, planes, n] and [R_cap, 1, n]
     ConstBias b_gate, b_up;
     int n;
     bool store_h, store_a;

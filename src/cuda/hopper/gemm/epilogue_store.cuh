@@ -12,7 +12,7 @@ struct StoreEpilogue {
   static constexpr int kStagingBytes = RowStore::kBytes, kNoteBytes = HeldTiles::kBytes;
 
   struct Params {
-    CUtensorMap y;  // ragged_store_map of [R_cap, 1, d]
+    CUtensorMap y;  // ragged_map of [R_cap, 1, d]
     int d;
     const float* score;  // [R_cap], null: 1
     ConstBias b2;

@@ -68,11 +68,12 @@ struct GatherRows {
     constexpr int kRows = kTileRows / 16;
     const int lane = tid % 32;
     const uint32_t dst0 = ring.a(0) + (tid / 8) * 128 + (((tid % 8) ^ ((tid / 8) & 7)) << 4);
-    // Lane l holds the source of row 4 warp + l % 4 + 16 (l / 4); past the expert's end that of its last row, which the store clips.
+    // Lane l holds the source of row 4 warp + l % 4 + 16 (l / 4); rows past the tile's end are zero.
+    const int own = tid / 32 * 4 + lane % 4 + lane / 4 * 16;
     int loaded = 0;
     auto find = [&](const ClusterTile& t) {
       if (t.rows() <= 0) return;
-      loaded = p.source.load(min(t.row + tid / 32 * 4 + lane % 4 + lane / 4 * 16, t.row_end - 1));
+      loaded = p.source.load(min(t.row + own, t.row_end - 1));
     };
     Slot<R> slot;
     const auto load = [&] { return SpreadTile(turns.p.work, turns.tiles, turns.next(), turns.rank); };
@@ -81,7 +82,7 @@ struct GatherRows {
     SpreadTile after = load();
     while (next.valid()) {
       const ClusterTile t = next;
-      const uint32_t chunk0 = p.source.token(loaded) * p.chunks;
+      const uint32_t chunk0 = p.source.token(loaded) * p.chunks, present = __ballot_sync(~0u, own < t.rows()) >> lane / 8;
       next = after.gather();
       find(next);
       after = load();
@@ -100,7 +101,8 @@ struct GatherRows {
         const int bytes = k * 8 + tid % 8 < p.chunks ? 16 : 0;  // columns past the row are zero
 #pragma unroll
         for (int i = 0; i < kRows; i++)
-          if (i < kRows / 2 ? low : high) cp_async16_zfill(dst + i * 2048, x + __shfl_sync(~0u, chunk0, i * 4 + lane / 8), bytes);
+          if (i < kRows / 2 ? low : high)
+            cp_async16_zfill(dst + i * 2048, x + __shfl_sync(~0u, chunk0, i * 4 + lane / 8), present >> 4 * i & 1 ? bytes : 0);
         cp_async_mbar_arrive_noinc(ring.full(slot.stage));
         slot.advance();
       }

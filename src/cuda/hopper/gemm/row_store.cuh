@@ -32,7 +32,7 @@ struct RowStore {
       __syncwarp();  // a fence for the compiler: two blocks at once do not fit into registers
     }
   }
-  // The first min(rows, 16) rows of the box to rows row .. of a ragged_store_map.
+  // The first min(rows, 16) rows of the box to rows row .. of a ragged_map.
   DEV void publish(const CUtensorMap* map, int column, int row, int rows, int plane) {
     const int v = min(rows, kRaggedRows);
     fence_proxy_async();

@@ -26,8 +26,8 @@ void launch_up_proj(const UpProjArgs& a, Stream stream) {
   auto& e = p.epilogue;
   e.store_h = a.h != nullptr;
   e.store_a = a.a != nullptr;
-  if (e.store_h) e.h = ragged_store_map(a.h, s.R_cap, s.planes(), n, {Epilogue::kBox});
-  if (e.store_a) e.a = ragged_store_map(a.a, s.R_cap, 1, n, {Epilogue::kBox});
+  if (e.store_h) e.h = ragged_map(a.h, s.R_cap, s.planes(), n, {Epilogue::kBox});
+  if (e.store_a) e.a = ragged_map(a.a, s.R_cap, 1, n, {Epilogue::kBox});
   e.b_gate = a.b1_gate;
   e.b_up = a.b1_up;
   e.n = static_cast<int>(n);

@@ -333,11 +333,9 @@ void varlen_k(const VarlenKProblem& q, Stream stream) {
   using Store = GradStore<Out, kTransposed>;
   const Shape& s = q.shape;
   check_aligned(q.gathered, kTransposed ? "x" : "d_o");
-  const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes, pitch = 2 * planes * n;
+  const uint64_t d = s.d, n = s.n, E = s.E, planes = q.planes;
   VarlenKParams p{};
-  // As ragged_store_map, for loads: the base lies a box before the tensor, where nothing need be mapped as long as no box is all out of bounds.
-  p.contiguous = tensor_map<bf16>(static_cast<const uint8_t*>(q.contiguous) - 64 * pitch, {n, 64, static_cast<uint64_t>(s.R_cap) + 1, planes},
-                                  {pitch, pitch, 2 * n}, {64, 64, 1, 1}, 128);
+  p.contiguous = ragged_map(q.contiguous, s.R_cap, planes, n, {64, 64});
   for (uint64_t i = 0; i < planes; i++)
     p.out[i] = tensor_map<Out>(q.out[i].base, {kTransposed ? d : n, kTransposed ? n : d, E},
                                {q.out[i].row_stride * sizeof(Out), q.out[i].expert_stride * sizeof(Out)}, {Store::kBoxInner, Store::kBoxOuter, 1},

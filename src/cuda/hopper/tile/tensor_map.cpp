@@ -50,7 +50,7 @@ CUtensorMap encode_tensor_map(CUtensorMapDataType type, const void* base, std::i
   return map;
 }
 
-CUtensorMap ragged_store_map(const void* base, uint64_t rows, uint64_t planes, uint64_t columns, const RaggedBox& box) {
+CUtensorMap ragged_map(const void* base, uint64_t rows, uint64_t planes, uint64_t columns, const RaggedBox& box) {
   const uint64_t pitch = 2 * planes * columns;
   return tensor_map<__nv_bfloat16>(static_cast<const uint8_t*>(base) - box.rows * pitch, {columns, box.rows, rows + 1, planes},
                                    {pitch, pitch, 2 * columns}, {box.columns, box.rows, 1, box.planes}, static_cast<int>(2 * box.columns));

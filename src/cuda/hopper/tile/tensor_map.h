@@ -24,13 +24,14 @@ CUtensorMap tensor_map(const void* base, std::initializer_list<uint64_t> dims, s
   return encode_tensor_map(kTensorMapType<T>, base, dims, strides, box, swizzle);
 }
 
-// Stores of up to box.rows rows of [rows, planes, columns] bf16 that end exactly at a given row, without editing a descriptor: one more dimension of
-// box.rows rows overlaps the next one, so that the box sticks out of the tensor by the rows to clip. Coordinates
-// (column, box.rows - v, row + v, plane) write rows row .. row + v - 1 of the box and nothing else. The base lies box.rows rows before the tensor.
+// Up to box.rows rows of [rows, planes, columns] bf16 that end exactly at a given row, without editing a descriptor: one more dimension of box.rows rows
+// overlaps the next one, so that the box sticks out of the tensor by the rows to clip. Coordinates (column, box.rows - v, row + v, plane) write rows
+// row .. row + v - 1 of the box and nothing else, or read them and zeros for the rest. The base lies box.rows rows before the tensor, where nothing need be
+// mapped as long as v > 0: a load all out of bounds can fault.
 constexpr int kRaggedRows = 16;  // of most
 struct RaggedBox {
   uint32_t columns, rows = kRaggedRows, planes = 1;
 };
-CUtensorMap ragged_store_map(const void* base, uint64_t rows, uint64_t planes, uint64_t columns, const RaggedBox& box);
+CUtensorMap ragged_map(const void* base, uint64_t rows, uint64_t planes, uint64_t columns, const RaggedBox& box);
 
 }  // namespace machmoe::cuda::hopper
