@@ -27,10 +27,11 @@ def saves_h(recompute):
     return torch.is_grad_enabled() and not recompute
 
 
-# torch's own: whether the graph that runs backward is retained, whether a backward runs, which recomputes what was checkpointed, and whether
-# a gradient stands for many, which vmap takes one by one.
+# torch's own: whether the graph that runs backward is retained, which backward runs, which hooks take saved tensors, and whether a gradient
+# stands for many, which vmap takes one by one.
 _is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 _batches = [getattr(torch._C._functorch, name, lambda _: True) for name in ("is_legacy_batchedtensor", "is_functorch_wrapped_tensor")]
 
 
@@ -38,8 +39,14 @@ def _is_batched(gradient):
     return any(stands_for_many(gradient) for stands_for_many in _batches)
 
 
-def in_backward():
-    return not torch.compiler.is_compiling() and _graph_task() != -1
+def is_checkpointed():
+    """Whether this forward may be one that a checkpoint recomputes, or its recomputation."""
+    return not torch.compiler.is_compiling() and (_graph_task() != -1 or _saved_tensor_hooks(True) is not None)
+
+
+def after_last_backward(tensor, call):
+    """Calls `call` when the node of `tensor` has run its last backward."""
+    tensor.grad_fn.register_hook(lambda *_: None if _is_retained() else call())
 
 
 def reads_h_last(ctx, h, *gradients):

@@ -1,11 +1,13 @@
 """MoE: an nn.Module with router, experts and an optional shared expert, in the parameter names of Qwen3-MoE."""
 
+import weakref
+
 import torch
 from torch import nn
 
 from ._library import GATED_ACTIVATIONS
 from .arguments import ACTIVATIONS, LAYOUTS, ROUTERS, RULES, check_choice
-from .autograd import in_backward
+from .autograd import after_last_backward, is_checkpointed
 from .functional import experts, experts_general, layer, route
 from .routers import EXTRA_ROUTERS, check_groups, update_router_bias
 from .routing import token_round
@@ -52,6 +54,11 @@ class SharedExpert(nn.Module):
 
     def forward(self, x):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _forget_graph(moe):
+    if moe is not None and moe.aux_loss is not None:
+        moe.aux_loss = moe.aux_loss.detach()
 
 
 class MoE(nn.Module):
@@ -144,14 +151,19 @@ class MoE(nn.Module):
         rounding = self.training and self.routing == "token-rounding"
         jitter = self.jitter if self.training else 0.0
         if not rounding and not jitter and self.router_bias is None:
-            out, aux = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
-            self.aux_loss = aux.detach() if in_backward() else aux  # what a checkpoint recomputes must not outlive the backward
-            return out.view(shape)
+            out, self.aux_loss = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
+            return self._noted(out).view(shape)
         logits = self.gate(x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter) if jitter else x)
-        ids, weights, self.expert_counts, aux = route(logits, self.k, router_bias=self.router_bias, **self.choice)
-        self.aux_loss = aux.detach() if in_backward() else aux
+        ids, weights, self.expert_counts, self.aux_loss = route(logits, self.k, router_bias=self.router_bias, **self.choice)
         if rounding:
             scores = logits.float().sigmoid() if self.router in EXTRA_ROUTERS else logits.float().softmax(-1)
             rounded = token_round(scores, self.k, self.tile, self.rule, renormalize=self.router not in ("softmax_topk", "sigmoid_topk"))
-            return experts_general(x, e.w1, e.down_proj, rounded, **options).view(shape)
-        return experts(x, e.w1, e.down_proj, ids, weights, **options).view(shape)
+            return self._noted(experts_general(x, e.w1, e.down_proj, rounded, **options)).view(shape)
+        return self._noted(experts(x, e.w1, e.down_proj, ids, weights, **options)).view(shape)
+
+    def _noted(self, out):
+        """out. aux_loss of a checkpoint's recomputation holds all that was recomputed: without its graph once the experts' backward is through."""
+        if is_checkpointed() and out.grad_fn is not None:
+            module = weakref.ref(self)
+            after_last_backward(out, lambda: _forget_graph(module()))
+        return out

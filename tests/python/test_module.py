@@ -61,22 +61,40 @@ def test_a_module_that_has_run_can_be_copied_and_pickled():
     assert torch.equal(pickle.loads(pickle.dumps(moe))(x), out)
 
 
-def test_a_checkpointed_layer_keeps_nothing_of_its_recomputation():
-    """Its first forward's aux_loss has a gradient; the one of the recomputation, which the backward needs no more, has none."""
+@pytest.mark.parametrize("options", [{}, {"routing": "token-rounding", "tile": 8}], ids=["one node", "parts"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_layer_keeps_nothing_of_its_recomputation(use_reentrant, options):
+    """Its aux_loss counts inside the block; when the gradient has left the layer, the graph of what was recomputed is gone."""
+    torch.manual_seed(3)
+    moe, x = machmoe.MoE(16, 24, 5, 2, **options), torch.randn(40, 16, requires_grad=True)
+    graphs = []
+    x.register_hook(lambda _: graphs.append(moe.aux_loss.grad_fn))
+
+    def block(x):
+        return torch.nn.functional.layer_norm(moe(x), (16,)) + 3 * moe.aux_loss
+
+    def gradients(out):
+        moe.zero_grad()
+        x.grad = None
+        out.square().sum().backward()
+        return [x.grad, *(p.grad for p in moe.parameters())]
+
+    want = gradients(block(x))
+    got = gradients(checkpoint(block, x, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert graphs[0] is not None and graphs[1] is None
+
+
+def test_the_loss_outside_a_checkpoint_counts_too():
     torch.manual_seed(3)
     moe, x = machmoe.MoE(16, 24, 5, 2), torch.randn(40, 16, requires_grad=True)
 
-    def block(x):
-        return torch.nn.functional.layer_norm(moe(x), (16,))
-
     def gradients(out):
-        aux = moe.aux_loss
-        return torch.autograd.grad(out.square().sum() + aux, [x, *moe.parameters()])
+        return torch.autograd.grad(out.square().sum() + moe.aux_loss, [x, *moe.parameters()])
 
-    want = gradients(block(x))
-    got = gradients(checkpoint(block, x, use_reentrant=False))
+    want = gradients(moe(x))
+    got = gradients(checkpoint(moe, x, use_reentrant=False))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert moe.aux_loss.grad_fn is None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
