@@ -15,9 +15,7 @@ const Backend& backend_for(Device device) {
 
 #ifndef MACHMOE_HAS_CUDA
 const Backend* cuda_backend() { return nullptr; }
-const char* cuda_unavailable_reason() {
-  return "machmoe was built without CUDA; build it with nvcc of CUDA 12.5 or later, or use CPU tensors";
-}
+const char* cuda_unavailable_reason() { return "machmoe was built without CUDA; build it with nvcc of CUDA 12.5 or later, or use CPU tensors"; }
 #endif
 
 }  // namespace machmoe
