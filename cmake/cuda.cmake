@@ -37,6 +37,9 @@ function(machmoe_nvcc_problem nvcc result)
   set(${result} "${problem}" PARENT_SCOPE)
 endfunction()
 
+if(IS_ABSOLUTE "${CMAKE_CUDA_COMPILER}" AND NOT EXISTS "${CMAKE_CUDA_COMPILER}")
+  unset(CMAKE_CUDA_COMPILER CACHE)   # it has gone since the last configure
+endif()
 find_program(CMAKE_CUDA_COMPILER NAMES $ENV{CUDACXX} nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
 machmoe_nvcc_problem(${CMAKE_CUDA_COMPILER} problem)
 set(needed "needed are nvcc of CUDA ${MACHMOE_CUDA_MINIMUM} or later and a C++20 compiler that it supports")

@@ -39,9 +39,13 @@ def _is_batched(gradient):
     return any(stands_for_many(gradient) for stands_for_many in _batches)
 
 
+def in_backward():
+    return not torch.compiler.is_compiling() and _graph_task() != -1
+
+
 def is_checkpointed():
     """Whether this forward may be one that a checkpoint recomputes, or its recomputation."""
-    return not torch.compiler.is_compiling() and (_graph_task() != -1 or _saved_tensor_hooks(True) is not None)
+    return in_backward() or (not torch.compiler.is_compiling() and _saved_tensor_hooks(True) is not None)
 
 
 def after_last_backward(tensor, call):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ._library import GATED_ACTIVATIONS
 from .arguments import ACTIVATIONS, LAYOUTS, ROUTERS, RULES, check_choice
-from .autograd import after_last_backward, is_checkpointed
+from .autograd import after_last_backward, in_backward, is_checkpointed
 from .functional import experts, experts_general, layer, route
 from .routers import EXTRA_ROUTERS, check_groups, update_router_bias
 from .routing import token_round
@@ -56,9 +56,9 @@ class SharedExpert(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _forget_graph(moe):
-    if moe is not None and moe.aux_loss is not None:
-        moe.aux_loss = moe.aux_loss.detach()
+def _forget_recomputation(moe):
+    if moe is not None and moe._aux_before is not None:
+        moe.aux_loss, moe._aux_before = moe._aux_before, None
 
 
 class MoE(nn.Module):
@@ -101,6 +101,7 @@ class MoE(nn.Module):
         self.experts = Experts(hidden_size, intermediate_size, num_experts, gated=gated, bias=bias, device=device, dtype=dtype)
         self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, device, dtype) if shared_intermediate_size else None
         self.aux_loss = self.expert_counts = None
+        self._aux_before = None  # while a checkpoint recomputes a forward: the aux_loss of the last one
         if not self.gate.weight.is_meta:
             self.reset_parameters()
 
@@ -141,7 +142,7 @@ class MoE(nn.Module):
         return self
 
     def __getstate__(self):
-        return self.__dict__ | {"aux_loss": None}  # part of an autograd graph: copies and pickles go without it
+        return self.__dict__ | {"aux_loss": None, "_aux_before": None}  # part of an autograd graph: copies and pickles go without it
 
     def forward(self, x):
         shape = x.shape
@@ -151,19 +152,26 @@ class MoE(nn.Module):
         rounding = self.training and self.routing == "token-rounding"
         jitter = self.jitter if self.training else 0.0
         if not rounding and not jitter and self.router_bias is None:
-            out, self.aux_loss = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
-            return self._noted(out).view(shape)
+            out, aux = layer(x, self.gate.weight, e.w1, e.down_proj, self.k, **self.choice, **options)
+            return self._noted(out, aux).view(shape)
         logits = self.gate(x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter) if jitter else x)
-        ids, weights, self.expert_counts, self.aux_loss = route(logits, self.k, router_bias=self.router_bias, **self.choice)
+        ids, weights, self.expert_counts, aux = route(logits, self.k, router_bias=self.router_bias, **self.choice)
         if rounding:
             scores = logits.float().sigmoid() if self.router in EXTRA_ROUTERS else logits.float().softmax(-1)
             rounded = token_round(scores, self.k, self.tile, self.rule, renormalize=self.router not in ("softmax_topk", "sigmoid_topk"))
-            return self._noted(experts_general(x, e.w1, e.down_proj, rounded, **options)).view(shape)
-        return self._noted(experts(x, e.w1, e.down_proj, ids, weights, **options)).view(shape)
+            return self._noted(experts_general(x, e.w1, e.down_proj, rounded, **options), aux).view(shape)
+        return self._noted(experts(x, e.w1, e.down_proj, ids, weights, **options), aux).view(shape)
 
-    def _noted(self, out):
-        """out. aux_loss of a checkpoint's recomputation holds all that was recomputed: without its graph once the experts' backward is through."""
-        if is_checkpointed() and out.grad_fn is not None:
-            module = weakref.ref(self)
-            after_last_backward(out, lambda: _forget_graph(module()))
+    def _noted(self, out, aux):
+        """out, with aux in aux_loss. That of a checkpoint's recomputation holds all that was recomputed: when the experts' backward is through,
+        the one before it comes back."""
+        if is_checkpointed():
+            if not in_backward():
+                self._aux_before = None
+            elif self._aux_before is None:
+                self._aux_before = self.aux_loss
+            if out.grad_fn is not None:
+                module = weakref.ref(self)
+                after_last_backward(out, lambda: _forget_recomputation(module()))
+        self.aux_loss = aux
         return out

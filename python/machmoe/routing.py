@@ -144,7 +144,7 @@ def token_round(scores, k, tile=128, rule="nr_f", *, renormalize=False, seed=Non
     if scores.dim() != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores is {scores.dtype} {tuple(scores.shape)}, expected float32 [T, E]: pass softmax(logits.float())")
     check_choice(rule, "rule", RULES)
-    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+    if seed is not None and not (hasattr(seed, "__index__") and -(2**63) <= seed < 2**63):
         raise ValueError(f"seed is {seed!r}, expected an int of 64 bits")
     drawn = seed is None and rule in ("sr_f", "nr_s")
     seed = torch.randint(2**62, (), device="cpu") if drawn else torch.tensor(seed or 0, dtype=torch.int64, device="cpu")
