@@ -222,13 +222,17 @@ Layer make_layer(const Tensor& x, const Tensor& w1, const Optional& w1_up, const
 int64_t row_capacity_of(const Tensor& x, const Optional& score, int64_t kind, int64_t K) {
   return kind == MACHMOE_TOPK ? x.size(0) * K : kind == MACHMOE_LISTS ? score->size(0) : x.size(0);
 }
-void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const Optional& score) {
+// The metadata of lists come from the caller beside their scores, from whose number and type they are carved.
+void check_metadata(const machmoe_layer& layer, const Tensor& metadata) {
   size_t expected = 0, scratch = 0;
-  check(machmoe_routing_bytes(&l.layer, 0, &expected, &scratch));
+  check(machmoe_routing_bytes(&layer, 0, &expected, &scratch));
   if (static_cast<size_t>(metadata.numel()) != (expected + 3) / 4)
     throw std::runtime_error("the metadata of the routing have " + std::to_string(metadata.numel()) + " int32, expected " +
-                             std::to_string((expected + 3) / 4) + " for " + std::to_string(l.layer.row_capacity) +
+                             std::to_string((expected + 3) / 4) + " for " + std::to_string(layer.row_capacity) +
                              " scores of their type: keep a routing with the score that it was made with");
+}
+void use_routing(Layer& l, const Tensor& metadata, const Optional& counts, const Optional& score) {
+  if (l.layer.routing_kind == MACHMOE_LISTS) check_metadata(l.layer, metadata);
   check(machmoe_routing_carve(&l.layer, 0, metadata.data_ptr(), &l.routing));
   if (counts) l.routing.counts = static_cast<int32_t*>(data(*counts));
   if (!score) return;

@@ -32,11 +32,12 @@ def saves_h(recompute):
 _is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-_batches = [getattr(torch._C._functorch, name, lambda _: True) for name in ("is_legacy_batchedtensor", "is_functorch_wrapped_tensor")]
+_is_legacy_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
+_is_functorch_batch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda _: True)
 
 
 def _is_batched(gradient):
-    return any(stands_for_many(gradient) for stands_for_many in _batches)
+    return _is_legacy_batch(gradient) or _is_functorch_batch(gradient)
 
 
 def in_backward():
